@@ -60,9 +60,7 @@ def pip_works() -> bool:
     """A half-made .venv has a python but no pip; only pip's own answer counts."""
     if not PYTHON.exists():
         return False
-    return (
-        subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
-    )
+    return subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
 
 
 def make_venv() -> None:
@@ -197,9 +195,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         entry = verbs.add_parser(verb.__name__, help=(verb.__doc__ or "").splitlines()[0])
         entry.set_defaults(run=verb)
         if verb is test:
-            entry.add_argument(
-                "--all", action="store_true", help="also the long soaks and the whole parity matrix"
-            )
+            entry.add_argument("--all", action="store_true", help="also the long soaks and the whole parity matrix")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.verb != "test":
         parser.error(f"unknown argument: {rest[0]}")

@@ -48,10 +48,7 @@ def project() -> dict:
 
 def test_every_folder_of_python_is_a_package_of_pyproject():
     folders = {path.parent.relative_to(ROOT) for path in sources(*ROOMS)}
-    data = {
-        path.parent.relative_to(ROOT)
-        for path in [*ROOT.glob("tasks/lua/*.lua"), *ROOT.glob("kernels/csrc/*")]
-    }
+    data = {path.parent.relative_to(ROOT) for path in [*ROOT.glob("tasks/lua/*.lua"), *ROOT.glob("kernels/csrc/*")]}
     expected = {"inferfleet." + ".".join(folder.parts) for folder in folders | data}
     assert expected == set(project()["tool"]["setuptools"]["packages"])
 
@@ -74,9 +71,7 @@ def test_rooms_import_only_along_the_arrows(room):
 
 
 def test_rooms_import_each_other_by_their_full_names():
-    wrong = [
-        f"{path}: {name}" for path in sources(*ROOMS) for name in imports(path) if name.split(".")[0] in ROOMS
-    ]
+    wrong = [f"{path}: {name}" for path in sources(*ROOMS) for name in imports(path) if name.split(".")[0] in ROOMS]
     assert wrong == []
 
 
@@ -92,9 +87,7 @@ def test_workers_reach_only_the_torch_free_part_of_the_engine():
 
 @pytest.mark.parametrize("room", ["tasks", "workers"])
 def test_tasks_and_workers_never_import_torch(room):
-    wrong = [
-        f"{path}: {name}" for path in sources(room) for name in imports(path) if name.split(".")[0] == "torch"
-    ]
+    wrong = [f"{path}: {name}" for path in sources(room) for name in imports(path) if name.split(".")[0] == "torch"]
     assert wrong == []
 
 
@@ -103,11 +96,7 @@ def test_the_hard_logic_of_the_engine_is_free_of_torch(name):
     entry = ROOT / "engine" / name
     files = sorted(entry.rglob("*.py")) if entry.is_dir() else [entry.with_suffix(".py")]
     assert files
-    wrong = [
-        f"{path}"
-        for path in files
-        if any(i.split(".")[0] == "torch" for i in imports(path, run_time_only=True))
-    ]
+    wrong = [f"{path}" for path in files if any(i.split(".")[0] == "torch" for i in imports(path, run_time_only=True))]
     assert wrong == []
 
 
