@@ -1,0 +1,104 @@
+"""Causal attention over keys and values that lie in blocks of a paged cache; prefill and decode rows in one call.
+
+A batch is ragged: row r owns the query tokens query_start[r] : query_start[r+1], which are the *last* tokens of a
+context of seq_lens[r]. Token t of the context lies in block block_tables[r, t // block_size] at t % block_size.
+
+    out[i] = softmax(scale * q[i] . K[lo:pos+1]) @ V[lo:pos+1]     pos = position of token i in its context
+                                                                   lo  = 0, or pos - window + 1 in a window
+with query head j reading kv head j // (heads / kv_heads), and the softmax in float32. A window of W counts the token
+itself. Blocks wholly behind every query's window are never read, so their table entries may be stale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Scatter in plain torch; same arguments as `write_kv`."""
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept]
+    k_cache.view(-1, *k_cache.shape[2:])[slots] = k[kept].to(k_cache.dtype)
+    v_cache.view(-1, *v_cache.shape[2:])[slots] = v[kept].to(v_cache.dtype)
+
+
+def reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """The formula in plain torch, a row at a time; same arguments as `paged_attention`."""
+    out = torch.zeros_like(q)
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for row, length in enumerate(lengths):
+        begin, end = starts[row], starts[row + 1]
+        if begin == end:
+            continue
+        first_query = length - (end - begin)
+        low = 0 if window is None else max(0, first_query - window + 1)
+        keys = _gather(k_cache, block_tables[row], low, length)
+        values = _gather(v_cache, block_tables[row], low, length)
+        out[begin:end] = _attend(q[begin:end], keys, values, first_query - low, scale, window)
+    return out
+
+
+def _gather(cache: Tensor, table: Tensor, low: int, high: int) -> Tensor:
+    """Tokens low..high-1 of one row's context: [high - low, kv_heads, D]."""
+    block_size = cache.shape[1]
+    first_block = low // block_size
+    blocks = table[first_block : -(-high // block_size)].long()
+    tokens = cache[blocks].flatten(0, 1)
+    return tokens[low - first_block * block_size : high - first_block * block_size]
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, offset: int, scale: float, window: int | None) -> Tensor:
+    """One row: q [n, h, D] whose token i stands at key index offset + i; keys, values [m, kv, D] -> [n, h, D]."""
+    group = q.shape[1] // keys.shape[1]
+    keys = keys.float().repeat_interleave(group, dim=1)
+    values = values.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
+    position = torch.arange(offset, offset + q.shape[0], device=q.device).unsqueeze(1)
+    index = torch.arange(keys.shape[0], device=q.device).unsqueeze(0)
+    seen = index <= position
+    if window is not None:
+        seen &= index > position - window
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Put k and v [T, kv_heads, D] into the caches [blocks, block_size, kv_heads, D] at slot_mapping [T] int64.
+
+    A slot is block * block_size + offset; a negative slot is skipped (padding).
+    """
+    write_reference(k, v, k_cache, v_cache, slot_mapping)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    max_query_len: int | None = None,
+) -> Tensor:
+    """Attention of a ragged batch against a paged cache -> [T, h, D] like q.
+
+    q [T, h, D]; k_cache, v_cache [blocks, block_size, kv_heads, D] with h a multiple of kv_heads; block_tables
+    [R, max_blocks] int32; query_start [R+1] int32; seq_lens [R] int32, the context including this step's tokens.
+    max_query_len (longest row of this batch) is a hint that a device path may use to pick its tiling.
+    A row's result does not depend on the other rows.
+    """
+    del max_query_len
+    return reference(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale=scale, window=window)
