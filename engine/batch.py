@@ -1,0 +1,181 @@
+"""One step's tensors, built with numpy from what the scheduler planned. Knows no model and no queue.
+
+    T tokens of the step, R rows, N rows that sample, g cache group
+
+All numbers of a step lie in one stretch of memory that is allocated once: on a CPU the tensors are views of it,
+on a GPU it is pinned and travels in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from inferfleet.engine.request import Request
+
+if TYPE_CHECKING:
+    from inferfleet.engine.cache import Cache
+    from inferfleet.engine.scheduler import Plan
+
+#: Every tensor of the arena starts at a multiple of it (vector loads on any device).
+ALIGNMENT = 64
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step. Its tensors are valid until the next one is built."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    query_start: Tensor  # [R+1] int32: row r owns tokens query_start[r] : query_start[r+1]
+    seq_lens: Tensor  # [R] int32: context, this step's tokens included
+    logits_index: Tensor  # [N] int64: last token of each row that samples
+    block_tables: tuple[Tensor, ...]  # per group [R, max_blocks] int32
+    slot_mapping: tuple[Tensor, ...]  # per group [T] int64
+    rows: list[Request]
+    sample_rows: list[Request]
+    #: (tokens of this step, context) of each row, on the host.
+    row_lens: list[tuple[int, int]]
+    max_query_len: int
+    cache: Cache
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, *, scale: float) -> Tensor:
+        """Causal attention of every row over its own context -> [T, h, d].
+
+        layer: index of the owning layer in CacheSpec; q [T, h, d]; k, v [T, kv, d], stored before they are read,
+        or both None for a layer that reads what its owner stored earlier in this step.
+        """
+        return self.cache.attend(self, layer, q, k, v, scale)
+
+
+class Arena:
+    """A stretch of host memory cut into arrays, with its mirror on the device."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._array = self._host.numpy()
+        self._mirror = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        self._used = 0
+
+    def clear(self) -> None:
+        self._used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> tuple[NDArray, int]:
+        """An uninitialised array and its place, for `tensor` after `upload`."""
+        start = self._used
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._used = start + -(-size // ALIGNMENT) * ALIGNMENT
+        return self._array[start : start + size].view(dtype).reshape(shape), start
+
+    def upload(self) -> None:
+        if self._mirror is not self._host:
+            self._mirror[: self._used].copy_(self._host[: self._used], non_blocking=True)
+
+    def tensor(self, array: NDArray, start: int) -> Tensor:
+        """The device's view of an array that `take` gave."""
+        dtype = torch.int64 if array.dtype == np.int64 else torch.int32
+        return self._mirror[start : start + array.nbytes].view(dtype).view(array.shape)
+
+
+class BatchBuilder:
+    """Turns plans into batches.
+
+    tables: for each group the block tables [slots, max_blocks] int32 that the block manager keeps up to date.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        tables: Sequence[NDArray[np.int32]],
+        *,
+        max_num_batched_tokens: int,
+        device: torch.device | str,
+    ) -> None:
+        self.cache = cache
+        self.tables = tables
+        rows = tables[0].shape[0]
+        words = (2 + len(tables)) * max_num_batched_tokens + 4 * rows + sum(table.size for table in tables)
+        pieces = 5 + 2 * len(tables)
+        self.arena = Arena(8 * words + pieces * ALIGNMENT, torch.device(device))
+
+    def build(self, plan: Plan) -> Batch:
+        """One step's batch; the plan has at least one row and at most the tokens of the budget."""
+        rows, lens = plan.rows, np.array(plan.num_tokens, dtype=np.int64)
+        starts = np.array([row.num_computed_tokens for row in rows], dtype=np.int64)
+        ends = np.cumsum(lens)
+        offsets = ends - lens
+        ids, positions = _tokens(rows, plan.num_tokens, starts, lens, offsets)
+        slots = np.array([row.slot for row in rows], dtype=np.int64)
+        sampling = np.array(plan.samples, dtype=bool)
+        query_start = np.concatenate((offsets, ends[-1:]))
+        seq_lens = starts + lens
+        arrays: list[tuple[NDArray, type[np.generic]]] = [
+            (ids, np.int64),
+            (positions, np.int64),
+            (query_start, np.int32),
+            (seq_lens, np.int32),
+            (ends[sampling] - 1, np.int64),
+            *((table, np.int32) for table in self._tables_of(slots, int(seq_lens.max()))),
+            *((mapping, np.int64) for mapping in self._slot_mapping(slots, lens, positions)),
+        ]
+        input_ids, positions_, query_start_, seq_lens_, logits_index, *grouped = self._upload(arrays)
+        return Batch(
+            input_ids=input_ids,
+            positions=positions_,
+            query_start=query_start_,
+            seq_lens=seq_lens_,
+            logits_index=logits_index,
+            block_tables=tuple(grouped[: len(self.tables)]),
+            slot_mapping=tuple(grouped[len(self.tables) :]),
+            rows=rows,
+            sample_rows=[row for row, samples in zip(rows, plan.samples, strict=True) if samples],
+            row_lens=list(zip(plan.num_tokens, seq_lens.tolist(), strict=True)),
+            max_query_len=max(plan.num_tokens),
+            cache=self.cache,
+        )
+
+    def _tables_of(self, slots: NDArray, longest: int) -> list[NDArray]:
+        """Per group [R, blocks of the longest context]."""
+        width = -(-longest // self.cache.block_size)
+        return [table[slots, :width] for table in self.tables]
+
+    def _slot_mapping(self, slots: NDArray, lens: NDArray, positions: NDArray) -> list[NDArray]:
+        """Per group [T]: block * block_size + offset of each token."""
+        size = self.cache.block_size
+        row_slots = slots if len(positions) == len(slots) else np.repeat(slots, lens)
+        blocks, offsets = np.divmod(positions, size)
+        return [table[row_slots, blocks].astype(np.int64) * size + offsets for table in self.tables]
+
+    def _upload(self, arrays: list[tuple[NDArray, type[np.generic]]]) -> list[Tensor]:
+        self.arena.clear()
+        places = []
+        for array, dtype in arrays:
+            target, start = self.arena.take(array.shape, dtype)
+            target[...] = array
+            places.append((target, start))
+        self.arena.upload()
+        return [self.arena.tensor(*place) for place in places]
+
+
+def _tokens(
+    rows: list[Request], num_tokens: list[int], starts: NDArray, lens: NDArray, offsets: NDArray
+) -> tuple[NDArray, NDArray]:
+    """input_ids [T] and positions [T]; a step of decodes alone has one token a row and takes the short way."""
+    if len(rows) == int(lens.sum()):
+        computed = starts.tolist()
+        ids = [row.token_ids[start] for row, start in zip(rows, computed, strict=True)]
+        return np.array(ids, dtype=np.int64), starts
+    flat: list[int] = []
+    for row, start, count in zip(rows, starts.tolist(), num_tokens, strict=True):
+        flat += row.token_ids[start : start + count]
+    return np.array(flat, dtype=np.int64), np.arange(len(flat)) + np.repeat(starts - offsets, lens)
