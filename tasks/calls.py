@@ -1,0 +1,446 @@
+"""The ledger's questions without a connection: what to send to Redis and how to read the answer.
+
+A `Call` is one round trip. A `Steps` generator yields Calls, is sent their answers and returns the result; the sync
+and the async ledger differ only in how they carry a Call. Every call may be sent twice: a lost reply changes nothing.
+"""
+
+import functools
+import hashlib
+import json
+import random
+import uuid
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from inferfleet.tasks import names
+from inferfleet.tasks.errors import (
+    BY_CODE,
+    AlreadyTerminal,
+    EventLogFull,
+    IdempotencyKeyReuse,
+    InvalidRequest,
+    JobNotFound,
+    NotQueued,
+    NotTerminal,
+    QueueFull,
+)
+from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Submitted, Swept
+
+T = TypeVar("T")
+Arg = str | bytes | int | float
+Steps = Generator["Call[Any]", Any, T]
+
+SCRIPTS = Path(__file__).parent / "lua"
+
+#: Places that a claim looks at before it gives up; overdue jobs among them are ended on the way.
+LOOK_AHEAD = 32
+#: Events of one job. The log is never cut, because a requeued job goes on from it; a fuller one is refused.
+MAX_EVENTS = 100_000
+EVENTS_PER_READ = 1000
+ENTRIES_PER_SCAN = 500
+MAX_PAGE = 100
+#: Longest time that a read of events blocks on the server, below redis-py's own 5 s for a silent socket.
+MAX_BLOCK_MS = 4000
+MAX_RETRY_AFTER = 60.0
+
+RECORD_FIELDS = (
+    "state", "tenant", "model", "endpoint", "custom_id", "priority", "deadline_ms", "created_ms", "queued_ms",
+    "started_ms", "claimed_ms", "finished_ms", "attempts", "deaths", "fence", "worker", "dead_letter", "error",
+    "usage", "metrics", "metadata", "response",
+)  # fmt: skip
+LIST_FIELDS = RECORD_FIELDS[:-1]
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One round trip: a script of tasks/lua, or a plain command where `script` is empty."""
+
+    script: str
+    args: Sequence[Arg]
+    parse: Callable[[Any], T]
+
+
+@functools.cache
+def script_text(name: str) -> str:
+    """The whole Lua text of a script: the errors as JSON, the shared records.lua, the script itself."""
+    codes = ("deadline_exceeded", "start_timeout", "worker_lost", "cancelled")
+    errors = ", ".join(f"{code} = [==[{json.dumps(BY_CODE[code]().to_dict())}]==]" for code in codes)
+    parts = [(SCRIPTS / f"{part}.lua").read_text() for part in ("records", name)]
+    return f"local ERRORS = {{{errors}}}\n" + "\n".join(parts)
+
+
+@functools.cache
+def script_sha(name: str) -> str:
+    return hashlib.sha1(script_text(name).encode(), usedforsecurity=False).hexdigest()
+
+
+def opt(value: Arg | None) -> Arg:
+    """Absent values travel as an empty string."""
+    return "" if value is None else value
+
+
+def to_json(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def text(value: bytes) -> str:
+    return value.decode()
+
+
+def integer(value: bytes | int | None) -> int | None:
+    return None if value in (b"", None) else int(value)
+
+
+def from_json(value: bytes | None) -> Any:
+    return json.loads(value) if value else None
+
+
+# Accepting and reading jobs ------------------------------------------------------------------------------------------
+
+
+def submit(
+    job_id: str,
+    envelope: bytes,
+    *,
+    model: str,
+    tenant: str,
+    body_hash: str,
+    priority: int = 0,
+    deadline_ms: int | None = None,
+    start_timeout_ms: int | None = None,
+    idempotency_key: str | None = None,
+    max_queued: int | None = None,
+    custom_id: str | None = None,
+    endpoint: str = names.CHAT_URL,
+    metadata: Mapping[str, str] | None = None,
+) -> Call[Submitted]:
+    """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay."""
+    if not -100 <= priority <= 100:
+        raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
+    digest = idempotency_digest(tenant, idempotency_key) if idempotency_key is not None else None
+
+    def parse(answer: list[Any]) -> Submitted:
+        verdict = text(answer[0])
+        if verdict == "reuse":
+            raise IdempotencyKeyReuse()
+        if verdict == "full":
+            wait = retry_after(answer[1], integer(answer[2]))
+            raise QueueFull(f"{answer[1]} jobs wait for {model}, the limit is {max_queued}", retry_after=wait)
+        return Submitted(text(answer[1]), replayed=verdict == "replay", queued=verdict == "new")
+
+    fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
+    more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None))
+    return Call("submit", fields + more, parse)
+
+
+def idempotency_digest(tenant: str, key: str) -> str:
+    """Keys of two tenants never meet, and a key of any length or alphabet makes a short Redis key."""
+    return hashlib.sha256(f"{len(tenant)}:{tenant}{key}".encode()).hexdigest()
+
+
+def retry_after(waiting: int, gap_ms: int | None) -> float:
+    """Seconds until a full queue has drained at its present pace, bounded and spread so that callers do not return
+    all at once."""
+    seconds = 5.0 if gap_ms is None else waiting * gap_ms / 1000
+    return round(min(MAX_RETRY_AFTER, max(1.0, seconds)) * random.uniform(0.8, 1.2), 1)
+
+
+def get(job_id: str, tenant: str | None = None) -> Call[JobRecord]:
+    """One job with its result. Another tenant's job is not found."""
+
+    def parse(answer: list[Any] | None) -> JobRecord:
+        if answer is None:
+            raise JobNotFound(param="job_id")
+        values, rank, gap = answer
+        gap_ms = integer(gap)
+        eta = None if rank is None or gap_ms is None else (rank + 1) * gap_ms
+        return record(job_id, RECORD_FIELDS, values, queue_position=rank, eta_ms=eta)
+
+    return Call("get", (job_id, opt(tenant), *RECORD_FIELDS), parse)
+
+
+def record(job_id: str, fields: Sequence[str], values: Sequence[bytes | None], **extra: int | None) -> JobRecord:
+    raw = {name: value or None for name, value in zip(fields, values, strict=True)}
+    data: dict[str, Any] = {"response": None, **extra}
+    for name, value in raw.items():
+        if name in ("error", "usage", "metrics", "metadata"):
+            data[name] = from_json(value)
+        elif name.endswith("_ms") or name in ("priority", "attempts", "deaths", "fence"):
+            data[name] = integer(value)
+        elif name == "dead_letter":
+            data[name] = value is not None
+        elif name == "response":
+            data[name] = value
+        else:
+            data[name] = None if value is None else text(value)
+    return JobRecord(id=job_id, **data)
+
+
+def list_jobs(
+    tenant: str,
+    status: str | None = None,
+    model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    after: str | None = None,
+    limit: int = 20,
+) -> Steps[JobPage]:
+    """A tenant's jobs, newest first, without their response bodies. `after` is the last id of the page before."""
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(f"limit must lie between 1 and {MAX_PAGE}", param="limit")
+    if status is not None and status not in names.STATES:
+        raise InvalidRequest(f"status must be one of {', '.join(names.STATES)}", param="status")
+    found: list[JobRecord] = []
+    cursor = ""
+    while True:
+        filters = (tenant, opt(status), opt(model), to_json(metadata or None))
+        rest = (opt(after), cursor, limit + 1 - len(found), ENTRIES_PER_SCAN, *LIST_FIELDS)
+        cursor, more = yield Call("list", filters + rest, parse_list)
+        found += more
+        if not cursor or len(found) > limit:
+            return JobPage(found[:limit], has_more=len(found) > limit)
+
+
+def parse_list(answer: list[Any] | None) -> tuple[str, list[JobRecord]]:
+    if answer is None:
+        raise JobNotFound("after names no job of this tenant", param="after")
+    return text(answer[0]), [record(text(job_id), LIST_FIELDS, values) for job_id, values in answer[1:]]
+
+
+# Carrying jobs -------------------------------------------------------------------------------------------------------
+
+
+def claim(model: str, *, worker: str, token: str, lease_ms: int = 15_000) -> Steps[Claim | None]:
+    """The best waiting job of a model, or None. A token is good for one claim, however often it is sent."""
+    found = yield Call("claim", (model, worker, token, lease_ms, LOOK_AHEAD), lambda answer: answer)
+    if text(found[0]) == "none":
+        return None
+    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect = found
+    published: list[Event] = []
+    if int(next_seq) > 2:  # more than this claim's own job.queued and job.in_progress
+        published = yield from all_events(text(job_id))
+    return Claim(
+        job_id=text(job_id),
+        fence=int(fence),
+        envelope=envelope,
+        attempt=int(attempt),
+        deaths=int(deaths),
+        created_ms=int(created),
+        now_ms=int(now),
+        deadline_ms=integer(deadline),
+        suspect=bool(suspect),
+        published=[event for event in published if not event["type"].startswith("job.")],
+    )
+
+
+def all_events(job_id: str) -> Steps[list[Event]]:
+    found: list[Event] = []
+    while True:
+        log = yield events(job_id, after=found[-1]["sequence_number"] if found else -1, count=EVENTS_PER_READ)
+        found += log
+        if len(log) < EVENTS_PER_READ:
+            return found
+
+
+def beat(worker: str, jobs: Sequence[tuple[str, int]], lease_ms: int) -> Call[dict[str, Beat]]:
+    """Renew the leases of the jobs that moved since the last beat: job id -> ok | cancel | stale."""
+    pairs = [part for pair in jobs for part in pair]
+
+    def parse(answer: list[bytes]) -> dict[str, Any]:
+        return {job_id: text(word) for (job_id, _), word in zip(jobs, answer, strict=True)}
+
+    return Call("beat", (worker, lease_ms, *pairs), parse)
+
+
+def publish(job_id: str, fence: int, events: Iterable[Mapping[str, Any]], token: str) -> Call[Beat]:
+    """Append events to a running job's log, once for each token; numbers are given by the ledger."""
+    if " " in token:
+        raise ValueError("a token holds no space")
+
+    def parse(answer: bytes) -> Any:
+        if answer == b"full":
+            raise EventLogFull(f"a job may publish at most {MAX_EVENTS} events")
+        return text(answer)
+
+    return Call("publish", (job_id, fence, token, MAX_EVENTS, *(to_json(event) for event in events)), parse)
+
+
+def complete(
+    job_id: str,
+    fence: int,
+    *,
+    state: str,
+    response: bytes | None = None,
+    error: Mapping[str, Any] | None = None,
+    usage: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Call[Done]:
+    """End a running job and write its terminal event. A cancelling job ends as cancelled whatever is asked."""
+    if state not in names.TERMINAL:
+        raise ValueError(f"state must be one of {sorted(names.TERMINAL)}, not {state!r}")
+    args = (job_id, fence, state, opt(response), to_json(error), to_json(usage), to_json(metrics))
+    return Call("complete", args, as_word)
+
+
+def as_word(answer: bytes) -> Any:
+    return text(answer)
+
+
+def release(job_id: str, fence: int, *, suspect: bool = False) -> Call[str]:
+    """Hand a running job back, deaths unchanged: released | stale. `suspect` asks that it run alone next time."""
+    return Call("release", (job_id, fence, "1" if suspect else ""), as_word)
+
+
+def lose(job_id: str, fence: int, *, max_deaths: int = 3) -> Call[Lost]:
+    """Count a death now, because the process that ran the job is known to be gone."""
+    return Call("lose", (job_id, fence, max_deaths), as_word)
+
+
+def reap(limit: int = 100, max_deaths: int = 3) -> Call[list[tuple[str, Lost]]]:
+    """Take back jobs whose lease is over on Redis time."""
+
+    def parse(answer: list[bytes]) -> list[tuple[str, Any]]:
+        words = [text(word) for word in answer]
+        return list(zip(words[::2], words[1::2], strict=True))
+
+    return Call("reap", (limit, max_deaths), parse)
+
+
+def sweep(limit: int = 100, *, result_ttl_ms: int) -> Call[Swept]:
+    """Expire waiting jobs, delete ended jobs older than result_ttl_ms, count what waits by model."""
+
+    def parse(answer: list[Any]) -> Swept:
+        expired, deleted, ring = answer
+        waiting = {text(model): count for model, count in zip(ring[::2], ring[1::2], strict=True)}
+        return Swept([text(job_id) for job_id in expired], deleted, waiting)
+
+    return Call("sweep", (limit, result_ttl_ms), parse)
+
+
+# Changing jobs -------------------------------------------------------------------------------------------------------
+
+
+def cancel(job_id: str, tenant: str | None = None) -> Call[str]:
+    """cancelled (it waited) or cancelling (it runs). Asking again is no error; another end is AlreadyTerminal."""
+
+    def parse(answer: bytes | None) -> str:
+        state = existing(answer)
+        if state not in ("cancelled", "cancelling"):
+            raise AlreadyTerminal(f"the job is already {state}")
+        return state
+
+    return Call("cancel", (job_id, opt(tenant)), parse)
+
+
+def existing(answer: bytes | None) -> str:
+    if answer is None:
+        raise JobNotFound(param="job_id")
+    return text(answer)
+
+
+def update(
+    job_id: str, tenant: str | None = None, *, priority: int | None = None, deadline_ms: int | None = None
+) -> Call[None]:
+    """Change a waiting job's place. None leaves a value as it is."""
+    if priority is not None and not -100 <= priority <= 100:
+        raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
+
+    def parse(answer: bytes | None) -> None:
+        state = existing(answer)
+        if state != "queued":
+            raise NotQueued(f"the job is {state}, and only a queued one can be changed")
+
+    return Call("update", (job_id, opt(tenant), opt(priority), opt(deadline_ms)), parse)
+
+
+def retry(job_id: str, tenant: str | None = None) -> Call[None]:
+    """Queue a failed, cancelled, expired or incomplete job again from the start, without its old time limits."""
+
+    def parse(answer: list[bytes] | None) -> None:
+        if answer is None:
+            raise JobNotFound(param="job_id")
+        verdict, before = text(answer[0]), text(answer[1])
+        if verdict == "refused":
+            raise (
+                AlreadyTerminal("a completed job is not run again")
+                if before == "completed"
+                else NotTerminal(f"the job is {before}")
+            )
+
+    return Call("retry", (job_id, opt(tenant), uuid.uuid4().hex), parse)
+
+
+def delete(job_id: str, tenant: str | None = None) -> Call[None]:
+    """Forget an ended job, its events and its idempotency key."""
+
+    def parse(answer: bytes) -> None:
+        word = text(answer)
+        if word == "missing":
+            raise JobNotFound(param="job_id")
+        if word != "deleted":
+            raise NotTerminal(f"the job is {word}; cancel it first")
+
+    return Call("delete", (job_id, opt(tenant), uuid.uuid4().hex), parse)
+
+
+# Events --------------------------------------------------------------------------------------------------------------
+
+
+def events(
+    job_id: str, tenant: str | None = None, *, after: int = -1, count: int = EVENTS_PER_READ
+) -> Call[list[Event]]:
+    """The events with a number above `after`, oldest first, at most `count`."""
+
+    def parse(answer: list[Any] | None) -> list[Event]:
+        return read_log(answer)[1]
+
+    return Call("events", (job_id, opt(tenant), after, count), parse)
+
+
+def read_log(answer: list[Any] | None) -> tuple[str, list[Event]]:
+    if answer is None:
+        raise JobNotFound(param="job_id")
+    return text(answer[0]), [event(entry) for entry in answer[2]]
+
+
+def event(entry: Sequence[Any]) -> Event:
+    """A stream entry: `[b"<n+1>-0", [b"e", json]]`."""
+    number = int(entry[0].partition(b"-")[0]) - 1
+    return {"sequence_number": number, **json.loads(entry[1][1])}
+
+
+def wait_events(
+    job_id: str,
+    tenant: str | None = None,
+    *,
+    after: int = -1,
+    count: int = EVENTS_PER_READ,
+    block_ms: int = MAX_BLOCK_MS,
+) -> Steps[list[Event]]:
+    """Like `events`, but waits on the server for the next one. Empty when nothing came in block_ms, or none can."""
+    answer = yield Call("events", (job_id, opt(tenant), after, count), read_log)
+    state, found = answer
+    if found or state in names.TERMINAL:
+        return found
+    wait = max(1, min(block_ms, MAX_BLOCK_MS))
+    key = f"events:{job_id}"
+    args = ("XREAD", "COUNT", count, "BLOCK", wait, "STREAMS", Key(key), f"{after + 1}-0")
+    return (yield Call("", args, parse_stream))
+
+
+class Key(str):
+    """An argument of a plain command that gets the namespace's prefix."""
+
+
+def parse_stream(answer: Any) -> list[Event]:
+    """XREAD's answer, a list under RESP2 and a dict under RESP3."""
+    if not answer:
+        return []
+    entries = next(iter(answer.values()))[0] if isinstance(answer, dict) else answer[0][1]
+    return [event_of(fields, stream_id) for stream_id, fields in entries]
+
+
+def event_of(fields: Any, stream_id: bytes) -> Event:
+    body = fields[b"e"] if isinstance(fields, dict) else fields[1]
+    return event((stream_id, (b"e", body)))

@@ -1,0 +1,287 @@
+"""Every error that a user can meet, drawn as one tree. Knows codes and HTTP numbers, not HTTP itself.
+
+    FleetError
+    ├── RequestError                     the caller has to change something
+    │   ├── InvalidJSON                  400 invalid_json
+    │   ├── InvalidRequest               422 invalid_request
+    │   │   ├── ContextLengthExceeded    422 context_length_exceeded
+    │   │   └── UnsupportedFeature       422 unsupported_feature
+    │   ├── Unauthorized                 401 unauthorized
+    │   ├── BodyTooLarge                 413 body_too_large
+    │   └── UnsupportedMediaType         415 unsupported_media_type
+    ├── NotFound
+    │   ├── ModelNotFound                404 model_not_found
+    │   └── JobNotFound                  404 job_not_found
+    ├── Conflict                         the job's state forbids it
+    │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
+    │   ├── AlreadyTerminal              409 already_terminal
+    │   ├── NotTerminal                  409 not_terminal
+    │   └── NotQueued                    409 not_queued
+    ├── Unavailable                      the same call may succeed later
+    │   ├── QueueFull                    429 queue_full
+    │   └── LedgerUnavailable            503 ledger_unavailable
+    ├── SetupError                       stops a start
+    │   ├── RedisMisconfigured           500 redis_misconfigured
+    │   └── SettingsError                500 settings_error
+    └── JobFailed                        why a job ended without an answer
+        ├── DeadlineExceeded             504 deadline_exceeded
+        ├── StartTimeout                 504 start_timeout
+        ├── ExecutionTimeout             504 execution_timeout
+        ├── JobCancelled                 409 cancelled
+        ├── WorkerLost                   500 worker_lost
+        ├── EngineError                  500 engine_error
+        ├── OutOfMemory                  500 out_of_memory
+        ├── NumericalError               500 nan_logits
+        └── EventLogFull                 500 event_log_full
+
+A class's docstring is its message where none is given.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+
+class FleetError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "server_error"
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        self.message = message or (self.__doc__ or "").strip()
+        self.param = param
+        self.retry_after = retry_after
+        super().__init__(self.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inside of OpenAI's `{"error": {...}}`: message, type, param, code."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+class RequestError(FleetError):
+    """The request cannot be accepted as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidJSON(RequestError):
+    """The body is not valid JSON."""
+
+    code = "invalid_json"
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is missing, unknown or out of its limits."""
+
+    code = "invalid_request"
+    status = 422
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt and the tokens asked for do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedFeature(InvalidRequest):
+    """This field is part of the OpenAI API, but this fleet does not serve it."""
+
+    code = "unsupported_feature"
+
+
+class Unauthorized(RequestError):
+    """The API key is missing or unknown."""
+
+    code = "unauthorized"
+    status = 401
+    type = "authentication_error"
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than this server accepts."""
+
+    code = "body_too_large"
+    status = 413
+
+
+class UnsupportedMediaType(RequestError):
+    """The body must be application/json."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
+class NotFound(FleetError):
+    """There is no such thing."""
+
+    code = "not_found"
+    status = 404
+    type = "invalid_request_error"
+
+
+class ModelNotFound(NotFound):
+    """No worker serves this model and no setting names it."""
+
+    code = "model_not_found"
+
+
+class JobNotFound(NotFound):
+    """There is no job with this id."""
+
+    code = "job_not_found"
+
+
+class Conflict(FleetError):
+    """The state of the job does not allow this."""
+
+    code = "conflict"
+    status = 409
+    type = "conflict_error"
+
+
+class IdempotencyKeyReuse(Conflict):
+    """This idempotency key or job id was already used with another body."""
+
+    code = "idempotency_key_reuse"
+
+
+class AlreadyTerminal(Conflict):
+    """The job has already ended."""
+
+    code = "already_terminal"
+
+
+class NotTerminal(Conflict):
+    """The job has not ended yet."""
+
+    code = "not_terminal"
+
+
+class NotQueued(Conflict):
+    """Only a job that still waits can be changed."""
+
+    code = "not_queued"
+
+
+class Unavailable(FleetError):
+    """The fleet cannot do this now."""
+
+    status = 503
+
+
+class QueueFull(Unavailable):
+    """Too many jobs wait for this model."""
+
+    code = "queue_full"
+    status = 429
+    type = "rate_limit_error"
+
+
+class LedgerUnavailable(Unavailable):
+    """The ledger (Redis) cannot be reached or refuses to write."""
+
+    code = "ledger_unavailable"
+
+
+class SetupError(FleetError):
+    """The settings or the services around the fleet are not usable."""
+
+    code = "setup_error"
+
+
+class RedisMisconfigured(SetupError):
+    """This Redis server is set up in a way that would lose jobs."""
+
+    code = "redis_misconfigured"
+
+
+class SettingsError(SetupError):
+    """A setting is unknown or has a bad value."""
+
+    code = "settings_error"
+
+
+class JobFailed(FleetError):
+    """The job failed."""
+
+    code = "job_failed"
+
+
+class DeadlineExceeded(JobFailed):
+    """The job's deadline passed before it was done."""
+
+    code = "deadline_exceeded"
+    status = 504
+
+
+class StartTimeout(JobFailed):
+    """The job did not start within its start_timeout."""
+
+    code = "start_timeout"
+    status = 504
+
+
+class ExecutionTimeout(JobFailed):
+    """The job ran longer than its execution_timeout."""
+
+    code = "execution_timeout"
+    status = 504
+
+
+class JobCancelled(JobFailed):
+    """The job was cancelled."""
+
+    code = "cancelled"
+    status = 409
+
+
+class WorkerLost(JobFailed):
+    """Every worker that took this job was lost while running it."""
+
+    code = "worker_lost"
+
+
+class EngineError(JobFailed):
+    """The engine failed while running the job."""
+
+    code = "engine_error"
+
+
+class OutOfMemory(JobFailed):
+    """The engine ran out of memory on this job."""
+
+    code = "out_of_memory"
+
+
+class NumericalError(JobFailed):
+    """The model gave numbers that are not finite for this job."""
+
+    code = "nan_logits"
+
+
+class EventLogFull(JobFailed):
+    """The job published more events than one job's log may hold."""
+
+    code = "event_log_full"
+
+
+def error_classes(root: type[FleetError] = FleetError) -> Iterator[type[FleetError]]:
+    """The classes of the tree, root first."""
+    yield root
+    for child in root.__subclasses__():
+        yield from error_classes(child)
+
+
+BY_CODE: dict[str, type[FleetError]] = {
+    cls.code: cls for cls in reversed([cls for cls in error_classes() if "code" in vars(cls)])
+}
+
+
+def from_dict(data: Mapping[str, Any]) -> FleetError:
+    """The error that `to_dict` described. A code of a newer version becomes the base class, message kept."""
+    cls = BY_CODE.get(str(data.get("code")), FleetError)
+    return cls(data.get("message"), param=data.get("param"))

@@ -1,0 +1,193 @@
+-- Shared by every ledger script: it is put in front of each of them. Refuses to know Celery, HTTP or tokens.
+--
+-- KEYS[1] is the prefix "{namespace}:". It is no key itself; its hash tag puts all keys below into one slot.
+--   job:<id>              hash    the job's record; an absent value is ''
+--   events:<id>           stream  event n has the id (n+1)-0 and one field e, a JSON object without its number
+--   waiting:<model>       zset    every score 0; members are places, so their text is the order (see place)
+--   ages:<model>          zset    id -> created ms, of the waiting jobs
+--   running:<model>       zset    id -> ms of the claim
+--   leases                zset    id -> ms at which the claim is lost
+--   deadlines             zset    id -> ms at which a waiting job expires
+--   finished              zset    id -> ms of the end
+--   jobs:<tenant>         zset    id -> seq, every job
+--   in:<state>:<tenant>   zset    id -> seq, the jobs in one state
+--   idem:<digest>         string  the job that an idempotency key made
+--   claim:<worker>:<token>  string  "<fence> <id>", what a claim gave; dies after ten minutes
+--   gone:<id>             string  the token that deleted the job; dies after a minute
+--   pace:<model>          hash    last (ms of the last end), gap (moving average of ms between ends)
+--   models                set     models that have or had jobs
+--   seq                   string  counter that numbers jobs by age
+-- Time is the server's own (TIME), so no clock of a worker can shorten or stretch a lease.
+-- ERRORS (code -> JSON text) is made from errors.py and stands in front of this file.
+
+local P = KEYS[1]
+local NOW
+do
+  local time = redis.call('TIME')
+  NOW = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local PLACE_PREFIX = 3 + 1 + 13 + 1 + 16 + 1
+local FIELDS = {'state', 'model', 'tenant', 'seq', 'fence', 'place', 'priority', 'deadline_ms', 'start_timeout_ms',
+  'created_ms', 'started_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect'}
+local TERMINAL = {completed = true, failed = true, cancelled = true, expired = true, incomplete = true}
+
+local function number(value)
+  if not value or value == '' then return nil end
+  return tonumber(value)
+end
+
+local function whole(value)
+  return string.format('%.0f', value)
+end
+
+local function load(id)
+  local values = redis.call('HMGET', P .. 'job:' .. id, unpack(FIELDS))
+  if not values[1] then return nil end
+  local job = {id = id, key = P .. 'job:' .. id}
+  for i, name in ipairs(FIELDS) do job[name] = values[i] or '' end
+  return job
+end
+
+local function load_for(id, tenant)
+  local job = load(id)
+  if job and tenant ~= '' and job.tenant ~= tenant then return nil end
+  return job
+end
+
+local function held(job, fence)
+  return (job.state == 'in_progress' or job.state == 'cancelling') and job.fence == fence
+end
+
+-- Lower priority first, then the earlier deadline, then the older job: fixed widths make the text sort like that.
+local function place(job)
+  return string.format('%03d:%013.0f:%016.0f:%s', tonumber(job.priority) + 100,
+    number(job.deadline_ms) or 9999999999999, tonumber(job.seq), job.id)
+end
+
+local function job_at(member)
+  return string.sub(member, PLACE_PREFIX + 1)
+end
+
+-- When a waiting job expires, and the code it expires with. A job that once started has met its start_timeout.
+local function expiry(job)
+  local at, code = number(job.deadline_ms), 'deadline_exceeded'
+  local patience = number(job.start_timeout_ms)
+  if patience and job.started_ms == '' then
+    local start_by = tonumber(job.created_ms) + patience
+    if not at or start_by < at then at, code = start_by, 'start_timeout' end
+  end
+  return at, code
+end
+
+local function overdue(job)
+  local deadline = number(job.deadline_ms)
+  return deadline ~= nil and deadline <= NOW
+end
+
+local function emit(job, event)
+  local n = number(job.next_seq) or 0
+  redis.call('XADD', P .. 'events:' .. job.id, whole(n + 1) .. '-0', 'e', event)
+  job.next_seq = whole(n + 1)
+  redis.call('HSET', job.key, 'next_seq', job.next_seq)
+end
+
+local function move(job, state)
+  redis.call('ZREM', P .. 'in:' .. job.state .. ':' .. job.tenant, job.id)
+  redis.call('ZADD', P .. 'in:' .. state .. ':' .. job.tenant, job.seq, job.id)
+  redis.call('HSET', job.key, 'state', state)
+  job.state = state
+end
+
+local function unqueue(job)
+  redis.call('ZREM', P .. 'waiting:' .. job.model, job.place)
+  redis.call('ZREM', P .. 'ages:' .. job.model, job.id)
+  redis.call('ZREM', P .. 'deadlines', job.id)
+end
+
+local function enqueue(job, event)
+  job.place = place(job)
+  redis.call('HSET', job.key, 'place', job.place, 'worker', '')
+  redis.call('ZADD', P .. 'waiting:' .. job.model, 0, job.place)
+  redis.call('ZADD', P .. 'ages:' .. job.model, job.created_ms, job.id)
+  local at = expiry(job)
+  if at then redis.call('ZADD', P .. 'deadlines', whole(at), job.id) end
+  redis.call('SADD', P .. 'models', job.model)
+  emit(job, event)
+end
+
+local function unclaim(job)
+  redis.call('ZREM', P .. 'running:' .. job.model, job.id)
+  redis.call('ZREM', P .. 'leases', job.id)
+end
+
+local function or_null(json)
+  if json == nil or json == '' then return 'null' end
+  return json
+end
+
+-- The only way into a terminal state. `result` holds JSON texts: response, error, usage, metrics.
+local function finish(job, state, result)
+  if job.state == 'queued' then unqueue(job) else unclaim(job) end
+  local fence = job.fence
+  move(job, state)
+  redis.call('HSET', job.key, 'finished_ms', whole(NOW), 'done_fence', fence, 'response', result.response or '',
+    'error', result.error or '', 'usage', result.usage or '', 'metrics', result.metrics or '',
+    'dead_letter', result.dead_letter or '')
+  redis.call('ZADD', P .. 'finished', whole(NOW), job.id)
+  emit(job, '{"type":"job.' .. state .. '","status":"' .. state .. '","error":' .. or_null(result.error) ..
+    ',"usage":' .. or_null(result.usage) .. '}')
+end
+
+-- A claim that ends without a result: the fence moves at once, so the old holder can change nothing any more.
+local function take_back(job)
+  unclaim(job)
+  job.fence = whole(tonumber(job.fence) + 1)
+  redis.call('HSET', job.key, 'fence', job.fence)
+end
+
+local function requeue(job, reason)
+  move(job, 'queued')
+  enqueue(job, '{"type":"job.queued","status":"queued","reason":"' .. reason .. '"}')
+end
+
+-- The holder is gone. Answers requeued, dead, cancelled or expired.
+local function bury_or_requeue(job, max_deaths)
+  take_back(job)
+  job.deaths = whole(tonumber(job.deaths) + 1)
+  redis.call('HSET', job.key, 'deaths', job.deaths)
+  if job.state == 'cancelling' then
+    finish(job, 'cancelled', {error = ERRORS.cancelled})
+    return 'cancelled'
+  end
+  if overdue(job) then
+    finish(job, 'expired', {error = ERRORS.deadline_exceeded})
+    return 'expired'
+  end
+  if tonumber(job.deaths) >= max_deaths then
+    finish(job, 'failed', {error = ERRORS.worker_lost, dead_letter = '1'})
+    return 'dead'
+  end
+  requeue(job, 'worker_lost')
+  return 'requeued'
+end
+
+local function pace(model)
+  local key = P .. 'pace:' .. model
+  local seen = redis.call('HMGET', key, 'last', 'gap')
+  local gap = ''
+  if seen[1] then
+    local latest = NOW - tonumber(seen[1])
+    local before = number(seen[2])
+    gap = whole(before and before * 0.8 + latest * 0.2 or latest)
+  end
+  redis.call('HSET', key, 'last', whole(NOW), 'gap', gap)
+end
+
+local function purge(job)
+  redis.call('UNLINK', job.key, P .. 'events:' .. job.id)
+  if job.idem ~= '' then redis.call('DEL', P .. 'idem:' .. job.idem) end
+  redis.call('ZREM', P .. 'jobs:' .. job.tenant, job.id)
+  redis.call('ZREM', P .. 'in:' .. job.state .. ':' .. job.tenant, job.id)
+  redis.call('ZREM', P .. 'finished', job.id)
+end

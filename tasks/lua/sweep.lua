@@ -1,0 +1,25 @@
+-- Expire waiting jobs whose time is over, delete ended jobs after result_ttl_ms, say which models have jobs waiting.
+-- At most `limit` expiries and `limit` deletions a call. ARGV: limit, result_ttl_ms
+-- Answers {expired ids, number deleted, {model, waiting, model, waiting, ...}}
+local limit = ARGV[1]
+local expired = redis.call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', whole(NOW), 'LIMIT', 0, limit)
+for _, id in ipairs(expired) do
+  local job = load(id)
+  local _, code = expiry(job)
+  finish(job, 'expired', {error = ERRORS[code]})
+end
+
+local old = redis.call('ZRANGEBYSCORE', P .. 'finished', '-inf', whole(NOW - tonumber(ARGV[2])), 'LIMIT', 0, limit)
+for _, id in ipairs(old) do purge(load(id)) end
+
+local ring = {}
+for _, model in ipairs(redis.call('SMEMBERS', P .. 'models')) do
+  local waiting = redis.call('ZCARD', P .. 'waiting:' .. model)
+  if waiting > 0 then
+    ring[#ring + 1] = model
+    ring[#ring + 1] = waiting
+  elseif redis.call('ZCARD', P .. 'running:' .. model) == 0 then
+    redis.call('SREM', P .. 'models', model)
+  end
+end
+return {expired, #old, ring}

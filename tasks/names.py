@@ -1,0 +1,38 @@
+"""Names that two parts must agree on: tasks, queues, states, events, ids. Knows no values that a user may set."""
+
+import uuid
+from typing import Literal, get_args
+
+#: A Celery message "somebody, carry one job of this model"; args `[model]`.
+TURN_TASK = "inferfleet.turn"
+#: An ordinary Celery task that submits a chat body and returns the answer; for chains, groups and chords.
+RUN_TASK = "inferfleet.run"
+#: Where RUN_TASK is queued unless the caller chooses.
+RUN_QUEUE = "inferfleet.run"
+
+State = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "expired", "incomplete"]
+STATES: tuple[State, ...] = get_args(State)
+TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "expired", "incomplete"})
+
+DELTA = "response.output_text.delta"
+CHAT_URL = "/v1/chat/completions"
+
+
+def turn_queue(model: str, namespace: str = "inferfleet") -> str:
+    """The Celery queue that carries the turns of one model. Two fleets on one Redis differ by their namespace."""
+    return f"{namespace}.turn.{model}"
+
+
+def new_job_id() -> str:
+    """`job_` and 32 hexadecimal digits, random."""
+    return f"job_{uuid.uuid4().hex}"
+
+
+def request_id(job_id: str) -> str:
+    """The `req_...` id that a job's response carries."""
+    return f"req_{job_id.removeprefix('job_')}"
+
+
+def is_terminal_event(event_type: str) -> bool:
+    """Whether an event of this type is the last one of its job."""
+    return event_type.removeprefix("job.") in TERMINAL and event_type.startswith("job.")

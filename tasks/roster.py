@@ -1,0 +1,89 @@
+"""Calls about who is here and who may ask: workers, the cards of served models, API keys. Knows nothing of jobs."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from inferfleet.tasks.calls import Call, Key, text, to_json
+
+#: What a worker says about a model it serves: id, max_model_len, vocab_size, max_token_bytes, family, state, ...
+Card = dict[str, Any]
+
+
+def put_worker(worker: str, info: Mapping[str, Any], ttl_seconds: float) -> Call[None]:
+    """Say that a worker lives for ttl_seconds more. Zero takes it off the list."""
+    return Call("announce", ("worker", worker, to_json(info), round(ttl_seconds * 1000)), ignore)
+
+
+def workers() -> Call[dict[str, dict[str, Any]]]:
+    """The workers that said so lately: name -> info."""
+    return Call("present", ("worker",), bodies)
+
+
+def put_card(model: str, card: Mapping[str, Any], worker: str, ttl_seconds: float) -> Call[None]:
+    """Publish the card of a model that a worker serves, for ttl_seconds. Zero takes it back."""
+    return Call("announce", ("model", f"{model}\n{worker}", to_json(card), round(ttl_seconds * 1000)), ignore)
+
+
+def cards() -> Call[dict[str, Card]]:
+    """One card a served model: a ready worker's before one that still loads, then the latest."""
+
+    def parse(answer: list[bytes]) -> dict[str, Card]:
+        best: dict[str, Card] = {}
+        for name, card in bodies(answer).items():
+            model = name.partition("\n")[0]
+            if model not in best or card.get("state") == "ready" or best[model].get("state") != "ready":
+                best[model] = card
+        return best
+
+    return Call("present", ("model",), parse)
+
+
+def bodies(answer: list[bytes]) -> dict[str, dict[str, Any]]:
+    return {text(name): json.loads(body) for name, body in zip(answer[::2], answer[1::2], strict=True)}
+
+
+def ignore(answer: Any) -> None:
+    return None
+
+
+def stats() -> Call[dict[str, dict[str, Any]]]:
+    """model -> waiting, running (jobs), oldest_age_s (of those that wait; 0 when none does)."""
+
+    def parse(answer: list[Any]) -> dict[str, dict[str, Any]]:
+        now = int(answer[0])
+        return {
+            text(model): {
+                "waiting": waiting,
+                "running": running,
+                "oldest_age_s": max(0, now - int(oldest)) / 1000 if oldest else 0.0,
+            }
+            for model, waiting, running, oldest in answer[1:]
+        }
+
+    return Call("stats", (), parse)
+
+
+def put_key(sha256: str, tenant: str, name: str) -> Call[None]:
+    """Let whoever shows the key with this digest act for a tenant. The key itself is never stored."""
+    return Call("", ("HSET", Key("keys"), sha256, to_json({"tenant": tenant, "name": name})), ignore)
+
+
+def find_key(sha256: str) -> Call[dict[str, str] | None]:
+    """{"tenant", "name"} of a key's digest, or None."""
+    return Call("", ("HGET", Key("keys"), sha256), lambda answer: json.loads(answer) if answer else None)
+
+
+def list_keys() -> Call[dict[str, dict[str, str]]]:
+    """digest -> {"tenant", "name"}."""
+
+    def parse(answer: Any) -> dict[str, dict[str, str]]:
+        pairs = answer.items() if isinstance(answer, dict) else zip(answer[::2], answer[1::2], strict=True)
+        return {text(digest): json.loads(body) for digest, body in pairs}
+
+    return Call("", ("HGETALL", Key("keys")), parse)
+
+
+def delete_key(sha256: str) -> Call[None]:
+    """Refuse this key from now on. A key that is not there is no error."""
+    return Call("", ("HDEL", Key("keys"), sha256), ignore)

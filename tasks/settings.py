@@ -1,0 +1,165 @@
+"""What an operator may set, read once at the start: flags > INFERFLEET_* > inferfleet.toml > defaults.
+
+`__` in an environment name goes one level down (INFERFLEET_MODELS__DEMO__PATH). Environment names have no case, so
+a model whose name has upper case belongs into the file, or into INFERFLEET_MODELS as JSON. An unknown or bad value
+stops the start with a SettingsError that names it.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import (
+    SettingsError as SourceError,
+)
+
+from inferfleet.tasks.errors import SettingsError
+
+PREFIX = "INFERFLEET_"
+CONFIG_FILE = Path("inferfleet.toml")
+
+Seconds = Annotated[float, Field(gt=0, le=31 * 86400, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")]
+
+
+class ModelSpec(BaseModel):
+    """One model that workers serve."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: A folder in the hub layout, or a hub id; an id wants a revision to be reproducible.
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    #: Tokens of prompt and answer together; None = what the checkpoint allows.
+    max_model_len: int | None = Field(default=None, ge=1, le=1 << 24)
+    block_size: int = Field(default=16, ge=1, le=1024)
+    #: Tokens that the KV cache holds; None = what fits into the device's memory.
+    kv_cache_tokens: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=32, ge=1, le=4096)
+    max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 20)
+    paged_attn: bool = True
+    prefix_caching: bool = True
+    #: Load at the worker's start, not at the first job.
+    eager: bool = True
+
+
+class Settings(BaseSettings):
+    """Every setting of the fleet. Times are seconds, sizes bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", pattern=r"^(redis|rediss|unix)://")
+    #: Keeps several fleets on one Redis apart.
+    namespace: str = Field(default="inferfleet", pattern=r"^[A-Za-z0-9_.:-]{1,64}$")
+    models: dict[ModelName, ModelSpec] = {}
+
+    #: A job whose worker is silent this long goes back to the queue. Must be at least twice heartbeat_seconds.
+    lease_seconds: Seconds = 15
+    heartbeat_seconds: Seconds = 5
+    sweep_seconds: Seconds = 1
+    #: Lost workers after which a job is a dead letter.
+    max_deaths: int = Field(default=3, ge=1, le=100)
+    result_ttl_seconds: Seconds = 86400
+    #: Waiting jobs a model; more are answered 429.
+    max_queued: int = Field(default=10_000, ge=1)
+    max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)
+    drain_grace_seconds: Seconds = 30
+    #: Jobs that one worker carries at once.
+    slots: int = Field(default=64, ge=1, le=4096)
+    #: An engine that should move but did not for this long is ended.
+    stall_seconds: Seconds = 60
+
+    api_host: str = "127.0.0.1"
+    api_port: Port = 8000
+    metrics_host: str = "127.0.0.1"
+    #: A worker's Prometheus page; None = none, 0 = any free port.
+    metrics_port: Port | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    #: json, console, or auto = console on a terminal.
+    log_format: Literal["auto", "json", "console"] = "auto"
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self.lease_seconds < 2 * self.heartbeat_seconds:
+            raise SettingsError(
+                f"lease_seconds ({self.lease_seconds:g}) must be at least twice heartbeat_seconds "
+                f"({self.heartbeat_seconds:g}): one late heartbeat would lose every job",
+                param="lease_seconds",
+            )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = Path(os.environ.get(PREFIX + "CONFIG", CONFIG_FILE))
+        return (init_settings, env_settings, InitSettingsSource(settings_cls, read_toml(path)))
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Read the settings once. `flags` are the command line's; None among them means "not given".
+
+    The file is inferfleet.toml in the current folder, or what INFERFLEET_CONFIG names.
+    """
+    refuse_unknown_environment()
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise described(error) from None
+    except SourceError as error:
+        raise SettingsError(f"{error}: the value is not valid JSON") from None
+
+
+def described(error: ValidationError) -> SettingsError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        return SettingsError(f"unknown setting {name}{nearest(name)}", param=name)
+    return SettingsError(f"{name}: {first['msg']}", param=name)
+
+
+def nearest(name: str) -> str:
+    fields = ModelSpec.model_fields if name.startswith("models.") else Settings.model_fields
+    close = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def refuse_unknown_environment() -> None:
+    """pydantic-settings ignores what it does not know in the environment; a misspelt name must not pass."""
+    for name in os.environ:
+        if not name.upper().startswith(PREFIX) or name == PREFIX + "CONFIG":
+            continue
+        field = name[len(PREFIX) :].lower().partition("__")[0]
+        if field not in Settings.model_fields:
+            raise SettingsError(f"unknown environment variable {name}{nearest(field)}", param=name)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's values. Only the default file may be absent."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if path == CONFIG_FILE:
+            return {}
+        raise SettingsError(f"{path} does not exist", param=PREFIX + "CONFIG") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from None
