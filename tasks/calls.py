@@ -216,13 +216,14 @@ def claim(model: str, *, worker: str, token: str, lease_ms: int = 15_000) -> Ste
     found = yield Call("claim", (model, worker, token, lease_ms, LOOK_AHEAD), lambda answer: answer)
     if text(found[0]) == "none":
         return None
-    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect = found
+    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect, tenant = found
     published: list[Event] = []
     if int(next_seq) > 2:  # more than this claim's own job.queued and job.in_progress
         published = yield from all_events(text(job_id))
     return Claim(
         job_id=text(job_id),
         fence=int(fence),
+        tenant=text(tenant),
         envelope=envelope,
         attempt=int(attempt),
         deaths=int(deaths),

@@ -26,6 +26,7 @@ class Claim:
     job_id: str
     #: Names this claim in every later call; a higher one exists as soon as the job was taken back.
     fence: int
+    tenant: str
     envelope: bytes
     #: Counts from 1. A released attempt does not count.
     attempt: int

@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", pattern=r"^(redis|rediss|unix)://")
     #: Keeps several fleets on one Redis apart.
     namespace: str = Field(default="inferfleet", pattern=r"^[A-Za-z0-9_.:-]{1,64}$")
+    #: Start even if Redis evicts keys or keeps nothing on disk: for throw-away use, because jobs will be lost.
+    allow_unsafe_redis: bool = False
     models: dict[ModelName, ModelSpec] = {}
 
     #: A job whose worker is silent this long goes back to the queue. Must be at least twice heartbeat_seconds.
@@ -81,6 +83,8 @@ class Settings(BaseSettings):
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)
+    #: `inferfleet.run` tasks that one worker waits for at once, beside its slots; 0 = it takes none.
+    run_slots: int = Field(default=32, ge=0, le=4096)
     #: An engine that should move but did not for this long is ended.
     stall_seconds: Seconds = 60
 

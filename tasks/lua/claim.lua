@@ -1,13 +1,14 @@
 -- Give the best waiting job of a model to a worker. Writes job, waiting, ages, deadlines, running, leases, claim,
 -- in:*, events; ends overdue jobs that it meets. Looks at no more than `look_ahead` places.
 -- ARGV: model, worker, token, lease_ms, look_ahead
--- Answers {'none'} | {'job', id, fence, envelope, attempts, deaths, created_ms, deadline_ms, now_ms, next_seq, suspect}
+-- Answers {'none'} | {'job', id, fence, envelope, attempts, deaths, created_ms, deadline_ms, now_ms, next_seq, suspect,
+--   tenant}
 local model, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local token_key = P .. 'claim:' .. worker .. ':' .. ARGV[3]
 
 local function answer(job)
   return {'job', job.id, job.fence, redis.call('HGET', job.key, 'envelope'), job.attempts, job.deaths,
-    job.created_ms, job.deadline_ms, whole(NOW), job.next_seq, job.suspect}
+    job.created_ms, job.deadline_ms, whole(NOW), job.next_seq, job.suspect, job.tenant}
 end
 
 -- A token is good for one claim: repeated after a lost reply it gives that claim, or nothing once the claim is over.
