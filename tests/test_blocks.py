@@ -95,17 +95,17 @@ ACTIONS = st.lists(
     st.one_of(
         st.tuples(
             st.just("add"),
-            st.lists(st.integers(0, 1), min_size=1, max_size=22),
-            st.integers(1, 12),
+            st.lists(st.integers(0, 1), min_size=4, max_size=16),
+            st.integers(1, 24),
             st.integers(0, 2),
             st.sampled_from(["", "tenant"]),
         ),
         st.tuples(st.just("group"), st.lists(st.integers(0, 1), min_size=1, max_size=14), st.integers(2, 4)),
-        st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("cancel"), st.integers(0, 30)),
     ),
-    min_size=1,
-    max_size=25,
+    min_size=4,
+    max_size=30,
 )
 
 
