@@ -2,6 +2,10 @@
 
 On CPU, oneDNN's own blocked layout ("prepacked") is 1.2 to 4 times faster than `F.linear` at the row counts of
 decoding, because the plain call copies or strides over the weight every time. The plain weight is not kept.
+
+A row's result does not depend on how many rows come with it. oneDNN's sums do not change with the row count from two
+rows up (measured from 2 to 1024 over these shapes and dtypes), but one row alone may be summed in another order; so
+one row is computed as two, which costs nothing while the weight's bytes are what takes the time.
 """
 
 from __future__ import annotations
@@ -36,6 +40,12 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
+        if x.numel() == self.in_features:
+            pair = x.reshape(1, -1).expand(2, -1).contiguous()
+            return self._multiply(pair)[:1].view(*x.shape[:-1], self.out_features)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 

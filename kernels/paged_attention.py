@@ -11,8 +11,13 @@ itself. Blocks wholly behind every query's window are never read, so their table
 
 from __future__ import annotations
 
+import functools
+from ctypes import c_float, c_int64, c_void_p
+
 import torch
 from torch import Tensor
+
+from inferfleet.kernels import build
 
 
 def write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -78,7 +83,23 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     A slot is block * block_size + offset; a negative slot is skipped (padding).
     """
-    write_reference(k, v, k_cache, v_cache, slot_mapping)
+    native = _native() if _takes(k, k_cache, v_cache) and _takes(v, v_cache, k_cache) else None
+    if native is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
+        write_reference(k, v, k_cache, v_cache, slot_mapping)
+        return
+    tokens, width = k.shape[0], k.shape[1] * k.shape[2]
+    native["write_kv", k.dtype](
+        k.data_ptr(),
+        v.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        tokens,
+        width,
+        k.stride(0),
+        v.stride(0),
+        build.threads_for(tokens * width),
+    )
 
 
 def paged_attention(
@@ -101,4 +122,49 @@ def paged_attention(
     A row's result does not depend on the other rows.
     """
     del max_query_len
-    return reference(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale=scale, window=window)
+    native = _native() if _takes(q, k_cache, v_cache) else None
+    if native is None:
+        return reference(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale=scale, window=window)
+    tables, starts, lengths = _int32(block_tables), _int32(query_start), _int32(seq_lens)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    native["paged_attention", q.dtype](
+        out.data_ptr(),
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        tables.data_ptr(),
+        starts.data_ptr(),
+        lengths.data_ptr(),
+        lengths.shape[0],
+        q.shape[1],
+        k_cache.shape[2],
+        q.shape[2],
+        k_cache.shape[1],
+        tables.shape[1],
+        q.stride(0),
+        window or 0,
+        scale,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@functools.cache
+def _native() -> build.Functions | None:
+    pointers = [c_void_p] * 5
+    write = [*pointers, *[c_int64] * 5]
+    attend = [*pointers, c_void_p, c_void_p, *[c_int64] * 8, c_float, c_int64]
+    return build.bind("paged_attention", {"write_kv": write, "paged_attention": attend})
+
+
+def _takes(x: Tensor, cache: Tensor, other: Tensor) -> bool:
+    """Whether the C++ path can read x [T, heads, D], heads side by side, against these caches."""
+    if x.device.type != "cpu" or x.dtype not in build.SUFFIXES or cache.dtype != x.dtype or other.dtype != x.dtype:
+        return False
+    if x.stride(2) != 1 or (x.stride(1) != x.shape[2] and x.shape[1] > 1) or x.shape[2] != cache.shape[3]:
+        return False
+    return cache.is_contiguous() and other.is_contiguous() and cache.shape == other.shape
+
+
+def _int32(numbers: Tensor) -> Tensor:
+    return numbers.to(torch.int32).contiguous()

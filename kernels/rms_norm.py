@@ -13,12 +13,18 @@ Without a weight all three are y.to(dtype).
 
 from __future__ import annotations
 
+import functools
+from ctypes import c_float, c_int64, c_void_p
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from inferfleet.kernels import build
+
 Style = Literal["llama", "gemma", "zero_centered"]
+
+STYLES: dict[Style, int] = {"llama": 0, "gemma": 1, "zero_centered": 2}  # as in csrc/norm.h
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, *, style: Style = "llama") -> Tensor:
@@ -44,11 +50,61 @@ def add_reference(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, style: Style = "llama") -> Tensor:
     """x [..., H] normalised over H, times weight [H] in the given style; the result is like x."""
-    return reference(x, weight, eps, style=style)
+    native = _native() if _takes(x, weight) else None
+    if native is None:
+        return reference(x, weight, eps, style=style)
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1])
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _call(native, out, None, rows, None, weight, eps, style)
+    return out
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, style: Style = "llama"
 ) -> tuple[Tensor, Tensor]:
-    """x and residual [..., H] -> (normalised sum, sum): the pair every pre-norm block needs, read once."""
-    return add_reference(x, residual, weight, eps, style=style)
+    """x and residual [T, H] -> (normalised sum, sum): the pair every pre-norm block needs, read once."""
+    native = _native() if _takes(x, weight) and _takes(residual, weight) and x.dtype == residual.dtype else None
+    if native is None or x.dim() != 2 or x.shape != residual.shape:
+        return add_reference(x, residual, weight, eps, style=style)
+    out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    _call(native, out, total, x, residual, weight, eps, style)
+    return out, total
+
+
+@functools.cache
+def _native() -> build.Functions | None:
+    pointers, sizes = [c_void_p] * 5, [c_int64] * 4
+    return build.bind("rms_norm", {"rms_norm": [*pointers, *sizes, c_float, c_int64, c_int64]})
+
+
+def _takes(x: Tensor, weight: Tensor | None) -> bool:
+    if x.device.type != "cpu" or x.dtype not in build.SUFFIXES or x.dim() < 1 or x.stride(-1) != 1:
+        return False
+    return weight is None or (weight.dtype == x.dtype and weight.is_contiguous() and weight.shape == x.shape[-1:])
+
+
+def _call(
+    native: build.Functions,
+    out: Tensor,
+    total: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    style: Style,
+) -> None:
+    rows, width = x.shape
+    native["rms_norm", x.dtype](
+        out.data_ptr(),
+        None if total is None else total.data_ptr(),
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        rows,
+        width,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        STYLES[style],
+        build.threads_for(rows * width),
+    )

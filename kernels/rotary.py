@@ -8,11 +8,16 @@ cos and sin carry both halves ([T, R], the second equal to the first), as Huggin
 
 from __future__ import annotations
 
+import functools
+from ctypes import c_float, c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import rms_norm
-from inferfleet.kernels.rms_norm import Style
+from inferfleet.kernels import build, rms_norm
+from inferfleet.kernels.rms_norm import STYLES, Style
+
+MAX_WIDTH = 1024  # of a head, as in csrc/rotary.cpp
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,11 +39,66 @@ def norm_reference(
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D] turned by cos and sin [T, R], R even and <= D; computed in float32, returned like x."""
-    return reference(x, cos, sin)
+    native = _native() if _takes(x, None, cos, sin) else None
+    if native is None:
+        return reference(x, cos, sin)
+    return _call(native, x, None, cos, sin, 0.0, "llama", normed=0)
 
 
 def norm_rotary(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, style: Style = "llama"
 ) -> Tensor:
     """x [T, heads, D] normalised over D (weight [D] or None) and then turned: one pass over q or over k."""
-    return norm_reference(x, weight, eps, cos, sin, style=style)
+    native = _native() if _takes(x, weight, cos, sin) else None
+    if native is None:
+        return norm_reference(x, weight, eps, cos, sin, style=style)
+    return _call(native, x, weight, cos, sin, eps, style, normed=1)
+
+
+@functools.cache
+def _native() -> build.Functions | None:
+    pointers, sizes = [c_void_p] * 5, [c_int64] * 7
+    return build.bind("rotary", {"rotary": [*pointers, *sizes, c_float, c_int64, c_int64, c_int64]})
+
+
+def _takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype not in build.SUFFIXES or x.dim() != 3 or x.stride(2) != 1:
+        return False
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.stride() != sin.stride():
+        return False
+    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[0] or cos.stride(1) != 1:
+        return False
+    if weight is not None and (weight.dtype != x.dtype or not weight.is_contiguous()):
+        return False
+    return cos.shape[1] % 2 == 0 and cos.shape[1] <= x.shape[2] <= MAX_WIDTH
+
+
+def _call(
+    native: build.Functions,
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    style: Style,
+    *,
+    normed: int,
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    native["rotary", x.dtype](
+        out.data_ptr(),
+        x.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *x.shape,
+        cos.shape[1],
+        x.stride(0),
+        x.stride(1),
+        cos.stride(0),
+        eps,
+        STYLES[style],
+        normed,
+        build.threads_for(x.numel()),
+    )
+    return out

@@ -1,0 +1,41 @@
+// act(gate) * up over rows of [gate | up]. See kernels/gated_activation.py for the formula.
+#include "numeric.h"
+
+namespace {
+
+struct Silu {
+    static float apply(float g) { return g / (1.0f + exp_fast(-g)); }
+};
+
+struct GeluTanh {
+    static float apply(float g) {
+        // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u))
+        const float u = 0.7978845608f * (g + 0.044715f * g * g * g);
+        return g / (1.0f + exp_fast(-2.0f * u));
+    }
+};
+
+template <class Act, class T>
+void gate_rows(T *out, const T *gate_up, int64_t rows, int64_t width, int64_t stride, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *gate = gate_up + row * stride, *up = gate + width;
+        T *result = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) result[i] = narrow<T>(Act::apply(widen(gate[i])) * widen(up[i]));
+    }
+}
+
+} // namespace
+
+#define GATED_ACTIVATION(suffix, T)                                                                                   \
+    extern "C" void silu_##suffix(T *out, const T *gate_up, int64_t rows, int64_t width, int64_t stride,              \
+                                  int64_t threads) {                                                                  \
+        gate_rows<Silu>(out, gate_up, rows, width, stride, threads);                                                  \
+    }                                                                                                                 \
+    extern "C" void gelu_tanh_##suffix(T *out, const T *gate_up, int64_t rows, int64_t width, int64_t stride,         \
+                                       int64_t threads) {                                                             \
+        gate_rows<GeluTanh>(out, gate_up, rows, width, stride, threads);                                              \
+    }
+GATED_ACTIVATION(f32, float)
+GATED_ACTIVATION(bf16, bf16)
