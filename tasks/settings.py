@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -90,6 +90,12 @@ class Settings(BaseSettings):
 
     api_host: str = "127.0.0.1"
     api_port: Port = 8000
+    #: Where the command line finds the API; None = the fleet that `inferfleet up` runs, else api_host and api_port.
+    api_url: str | None = Field(default=None, pattern=r"^https?://")
+    #: What the command line shows the API.
+    api_key: SecretStr | None = None
+    #: Where `inferfleet up` keeps its Redis data and logs; None = $XDG_STATE_HOME/inferfleet.
+    data_dir: Path | None = None
     metrics_host: str = "127.0.0.1"
     #: A worker's Prometheus page; None = none, 0 = any free port.
     metrics_port: Port | None = None
