@@ -1,0 +1,122 @@
+"""Which class runs which architecture: one dull line each, imported on use; and how a folder becomes a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from inferfleet.engine.batch import Batch
+from inferfleet.engine.cache import CacheSpec
+from inferfleet.engine.config import ModelConfig, read_config
+from inferfleet.engine.model_errors import UnsupportedModel
+from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
+
+#: config.json's architecture -> (family, module, class)
+FAMILIES = {
+    "Gemma4ForCausalLM": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForCausalLM"),
+    "Gemma4ForConditionalGeneration": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForConditionalGeneration"),
+    "Qwen3ForCausalLM": ("qwen3", "inferfleet.engine.models.qwen3", "Qwen3ForCausalLM"),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
+}
+
+
+class Model(Protocol):
+    """What a family's class is to the engine."""
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+        """Reads its fields from a whole config.json and allocates its weights, unfilled."""
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The layers that own keys and values."""
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fills the weights; raises WeightsMismatch with every difference."""
+
+    def finalize(self) -> None:
+        """Lays the weights out for the machine; once, after load."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """[T] ids and positions of a step -> hidden states [T, H]."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, H] that `forward` gave -> float32 logits [N, V]."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what is known about it."""
+
+    model: Model
+    config: ModelConfig
+    family: str
+    folder: Path
+    #: The hub commit the folder holds, or None.
+    commit: str | None
+    dtype: torch.dtype
+    device: torch.device
+    #: Seconds of each phase: find, build, read, pack.
+    load_seconds: Mapping[str, float]
+
+
+def find_family(architecture: str) -> tuple[str, type[Any]]:
+    """(family name, class) for an architecture; UnsupportedModel lists the known ones."""
+    if architecture not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModel(f"no family runs the architecture {architecture!r}; known are {known}")
+    family, module, name = FAMILIES[architecture]
+    return family, getattr(import_module(module), name)
+
+
+def load_model(path: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Loads a local folder or a hub id; raises a ModelError.
+
+    dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
+    device: "auto" (CUDA where there is one), "cpu", "cuda:0".
+    """
+    clock = _Clock()
+    folder = find_folder(path, revision)
+    config = read_config(folder)
+    family, model_class = find_family(config.architecture)
+    place, number = _device(device), config.dtype(dtype)
+    checkpoint = Checkpoint.open(folder)
+    clock.lap("find")
+    model: Model = model_class(config.raw, dtype=number, device=place)
+    clock.lap("build")
+    model.load(checkpoint.tensors())
+    clock.lap("read")
+    model.finalize()
+    clock.lap("pack")
+    return LoadedModel(model, config, family, folder, commit_of(folder), number, place, clock.laps)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"device {name!r} is not a device: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel(f"device {name!r} was asked for, but this machine has no usable CUDA device")
+    return device
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now

@@ -1,0 +1,34 @@
+"""Root-mean-square norms with the weight that their place in a model gives them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inferfleet.engine.layers.slots import Slots, Weighted
+from inferfleet.kernels import rms_norm, rotary
+from inferfleet.kernels.rms_norm import Style
+
+
+class RMSNorm(Weighted):
+    """Normalisation over the last dimension (of a hidden state, or of a head); see kernels/rms_norm.py for styles."""
+
+    def __init__(self, size: int, eps: float, style: Style, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps, self.style = eps, style
+        self.weight = torch.empty(size, dtype=dtype, device=device)
+
+    def slots(self, name: str) -> Slots:
+        return Slots({f"{name}.weight": self.weight})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape and dtype."""
+        return rms_norm.rms_norm(x, self.weight, self.eps, style=self.style)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        return rms_norm.add_rms_norm(x, residual, self.weight, self.eps, style=self.style)
+
+    def then_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads x [T, h, d] normalised and then turned to their positions by cos, sin [T, d]."""
+        return rotary.norm_rotary(x, self.weight, self.eps, cos, sin, style=self.style)

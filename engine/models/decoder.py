@@ -1,0 +1,34 @@
+"""What the language models here share beside their layers: where weights go and when they are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from inferfleet.engine.layers.slots import Weighted, all_slots, fill
+
+
+class Decoder(nn.Module):
+    """Base of a family's model: its modules carry the checkpoint's names, so loading needs no table of renames."""
+
+    #: What the checkpoint puts before every tensor of the text model except the head.
+    prefix = "model."
+
+    def skipped_tensors(self) -> Iterable[str]:
+        """Regular expressions (whole names) of tensors that a checkpoint may hold and this model has no use for."""
+        return ()
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fills every weight from (checkpoint name, tensor); raises WeightsMismatch with all differences."""
+        slots = all_slots(self).named(self._checkpoint_name)
+        fill(slots, weights, self.skipped_tensors())
+
+    def finalize(self) -> None:
+        """Packs the weights layer by layer, so that at most one layer exists twice at a time."""
+        for module in self.modules():
+            if isinstance(module, Weighted):
+                module.finalize()
+
+    def _checkpoint_name(self, name: str) -> str:
+        return name if name.startswith("lm_head.") else self.prefix + name

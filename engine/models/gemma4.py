@@ -1,0 +1,372 @@
+"""Gemma 4, text: four norms a block, windowed and full layers with head sizes of their own, and four variations.
+
+    E2B, E4B   per-layer embeddings ("PLE") join every block; the upper layers own no keys and values but read those
+               of the last layer of their kind that does; E2B's upper layers have MLPs twice as wide
+    31B        full layers make V from the key projection (before its norm) and have few, large kv heads
+    26B-A4B    as 31B, and every block adds a mixture of experts to its dense MLP
+
+T tokens of a step, H hidden, h query heads, k key/value heads, d head size, L layers, P width of a per-layer embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inferfleet.engine.batch import Batch
+from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.config import Fields, text_section
+from inferfleet.engine.layers.embedding import Embedding, Head
+from inferfleet.engine.layers.experts import Experts
+from inferfleet.engine.layers.linear import Linear
+from inferfleet.engine.layers.mlp import GatedMLP
+from inferfleet.engine.layers.norm import RMSNorm
+from inferfleet.engine.layers.rotary import Rotary
+from inferfleet.engine.layers.vector import Vector
+from inferfleet.engine.model_errors import BadModelConfig
+from inferfleet.engine.models.decoder import Decoder
+from inferfleet.kernels.rms_norm import rms_norm
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+#: What turns positions into angles where config.json does not say.
+DEFAULT_ROPE = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What sets one layer apart from the others."""
+
+    index: int
+    kind: str
+    head_dim: int
+    num_kv_heads: int
+    window: int | None
+    #: V is made from the key projection.
+    v_from_k: bool
+    #: The layer whose keys and values are read: itself, or for a sharing layer the last owner of its kind.
+    kv_layer: int
+    intermediate: int
+
+    @property
+    def owns_kv(self) -> bool:
+        return self.kv_layer == self.index
+
+
+@dataclass(frozen=True)
+class Gemma4Config:
+    """The fields of config.json that shape the text model."""
+
+    vocab_size: int
+    hidden: int
+    num_heads: int
+    eps: float
+    attention_bias: bool
+    tied: bool
+    softcap: float | None
+    layers: tuple[LayerPlan, ...]
+    #: 0 = no per-layer embeddings.
+    ple_size: int
+    ple_vocab_size: int
+    #: 0 = no mixture.
+    num_experts: int
+    top_k: int
+    moe_intermediate: int
+    max_positions: int
+    rope: Mapping[str, Fields]
+
+    @classmethod
+    def read(cls, text: Fields) -> Gemma4Config:
+        text.refuse("hidden_activation", "gelu_pytorch_tanh")
+        text.refuse("use_bidirectional_attention", "vision")  # "vision" is about images; text stays causal
+        sparse = text.boolean("enable_moe_block", False)
+        ple_size = text.integer("hidden_size_per_layer_input", 256, least=0)
+        plans = layer_plans(text)
+        ple_vocab_size = text.integer("vocab_size_per_layer_input", 262_144) if ple_size else 0
+        if ple_size and ple_vocab_size < text.integer("vocab_size"):
+            raise BadModelConfig(f"{text.where}: vocab_size_per_layer_input is smaller than vocab_size")
+        experts, top_k = (text.integer("num_experts"), text.integer("top_k_experts")) if sparse else (0, 0)
+        if top_k > experts:
+            raise BadModelConfig(f"{text.where}: top_k_experts is {top_k}, more than the {experts} experts")
+        return cls(
+            vocab_size=text.integer("vocab_size"),
+            hidden=text.integer("hidden_size"),
+            num_heads=text.integer("num_attention_heads"),
+            eps=text.number("rms_norm_eps", 1e-6),
+            attention_bias=text.boolean("attention_bias", False),
+            tied=text.boolean("tie_word_embeddings", True),
+            softcap=text.number("final_logit_softcapping") if "final_logit_softcapping" in text else None,
+            layers=plans,
+            ple_size=ple_size,
+            ple_vocab_size=ple_vocab_size,
+            num_experts=experts,
+            top_k=top_k,
+            moe_intermediate=text.integer("moe_intermediate_size") if sparse else 0,
+            max_positions=text.integer("max_position_embeddings", 131_072),
+            rope={kind: _rope(text, kind) for kind in dict.fromkeys(plan.kind for plan in plans)},
+        )
+
+
+def layer_kinds(text: Fields) -> list[str]:
+    """sliding_attention or full_attention per layer: five to one by default, and the last one always full."""
+    count = text.integer("num_hidden_layers")
+    kinds = text.list_of(str, "layer_types", [SLIDING if (i + 1) % 6 else FULL for i in range(count)])
+    if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
+        raise BadModelConfig(f"{text.where}: layer_types must hold {count} x {SLIDING} or {FULL}")
+    return [*kinds[:-1], FULL]
+
+
+def layer_plans(text: Fields) -> tuple[LayerPlan, ...]:
+    """Every layer's sizes; raises BadModelConfig where they cannot fit together."""
+    kinds = layer_kinds(text)
+    shared = text.integer("num_kv_shared_layers", 0, least=0)
+    if shared >= len(kinds):
+        raise BadModelConfig(f"{text.where}: num_kv_shared_layers is {shared}, but there are {len(kinds)} layers")
+    first_shared = len(kinds) - shared
+    owners = {kind: index for index, kind in enumerate(kinds[:first_shared])}
+    if set(kinds) != set(owners):
+        raise BadModelConfig(f"{text.where}: a layer that shares keys and values has no owner of its kind below it")
+    width = text.integer("intermediate_size")
+    shared_width = width * 2 if text.boolean("use_double_wide_mlp", False) else width
+    plans = [_plan(text, index, kind, index, width) for index, kind in enumerate(kinds[:first_shared])]
+    plans += [
+        _plan(text, index, kind, owners[kind], shared_width)
+        for index, kind in enumerate(kinds[first_shared:], start=first_shared)
+    ]
+    return tuple(plans)
+
+
+def _plan(text: Fields, index: int, kind: str, kv_layer: int, intermediate: int) -> LayerPlan:
+    v_from_k = kind == FULL and text.boolean("attention_k_eq_v", False)
+    own = _overrides(text, index, kind)
+    kv_heads = own.integer("num_key_value_heads", text.integer("num_key_value_heads", 4))
+    head_dim = own.integer("head_dim", text.integer("head_dim", 256))
+    heads = text.integer("num_attention_heads")
+    if heads % kv_heads:
+        raise BadModelConfig(f"{own.where}: {heads} attention heads do not divide by {kv_heads} key/value heads")
+    window = text.integer("sliding_window", 512) if kind == SLIDING else None
+    return LayerPlan(index, kind, head_dim, kv_heads, window, v_from_k, kv_layer, intermediate)
+
+
+def _overrides(text: Fields, index: int, kind: str) -> Fields:
+    """A layer's own head sizes: the hub's global_* fields for full layers, or the table that transformers 5 saves."""
+    if "per_layer_config" in text:
+        return text.section("per_layer_config").section(str(index), {})
+    if kind == SLIDING:
+        return Fields({}, text.where)
+    own: dict[str, Any] = {"head_dim": text.integer("global_head_dim", 512)}
+    if text.boolean("attention_k_eq_v", False):
+        own["num_key_value_heads"] = text.values.get("num_global_key_value_heads")
+    return Fields(own, text.where)
+
+
+def _rope(text: Fields, kind: str) -> Fields:
+    return text.section("rope_parameters", DEFAULT_ROPE).section(kind)
+
+
+class Attention(nn.Module):
+    """Attention with scale 1: q and k are normalised with a weight, v without one; q and k are then turned."""
+
+    def __init__(
+        self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """cache_index: place in the CacheSpec of the layer whose keys and values are read."""
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, plan.num_kv_heads, plan.head_dim
+        self.cache_index, self.eps = cache_index, config.eps
+        q_size, kv_size = config.num_heads * plan.head_dim, plan.num_kv_heads * plan.head_dim
+        parts = {"q_proj": q_size}
+        self.k_norm: RMSNorm | None = None
+        if plan.owns_kv:
+            parts |= {"k_proj": kv_size} if plan.v_from_k else {"k_proj": kv_size, "v_proj": kv_size}
+            self.k_norm = RMSNorm(plan.head_dim, config.eps, "gemma", dtype=dtype, device=device)
+        bias = config.attention_bias
+        self.qkv = Linear(config.hidden, parts, bias=bias, dtype=dtype, device=device)
+        self.output = Linear(q_size, {"o_proj": config.hidden}, bias=bias, dtype=dtype, device=device)
+        self.q_norm = RMSNorm(plan.head_dim, config.eps, "gemma", dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        tokens = x.shape[0]
+        q, *kv = self.qkv(x).split(self.qkv.sizes, dim=1)
+        q = self.q_norm.then_rotary(q.view(tokens, self.num_heads, self.head_dim), cos, sin)
+        k, v = self._keys_and_values(kv, cos, sin)
+        out = batch.attend(self.cache_index, q, k, v, scale=1.0)
+        return self.output(out.view(tokens, -1))
+
+    def _keys_and_values(self, kv: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """k, v [T, k, d], or None twice in a layer that reads another's. V may come from the *raw* key projection."""
+        if self.k_norm is None:
+            return None, None
+        raw = [part.view(-1, self.num_kv_heads, self.head_dim) for part in kv]
+        return self.k_norm.then_rotary(raw[0], cos, sin), rms_norm(raw[-1], None, self.eps, style="gemma")
+
+
+class Router(nn.Module):
+    """Which experts a token goes to: it sees the residual stream itself, under a norm and scale of its own."""
+
+    def __init__(self, config: Gemma4Config, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps, self.root, self.top_k = config.eps, config.hidden**-0.5, config.top_k
+        self.product = Linear(config.hidden, {"proj": config.num_experts}, dtype=dtype, device=device)
+        self.scale = Vector(config.hidden, dtype=dtype, device=device)
+        self.per_expert_scale = Vector(config.num_experts, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> (ids [T, K], weights [T, K] float32)."""
+        scores = self.product(rms_norm(x, None, self.eps, style="gemma") * self.scale.values * self.root)
+        weights, ids = scores.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return ids, weights * self.per_expert_scale.values[ids]
+
+
+class Block(nn.Module):
+    """Norm, attention, norm; norm, MLP, norm; a per-layer embedding where there are any; all times a learned scalar."""
+
+    def __init__(
+        self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden
+
+        def norm() -> RMSNorm:
+            return RMSNorm(hidden, config.eps, "gemma", dtype=dtype, device=device)
+
+        self.self_attn = Attention(config, plan, cache_index, dtype=dtype, device=device)
+        self.mlp = GatedMLP(hidden, plan.intermediate, "gelu_tanh", dtype=dtype, device=device)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
+        self.layer_scalar = Vector(1, dtype=dtype, device=device)
+        self.router: Router | None = None
+        if config.num_experts:
+            self.router = Router(config, dtype=dtype, device=device)
+            width = config.moe_intermediate
+            self.experts = Experts(config.num_experts, hidden, width, "gelu_tanh", dtype=dtype, device=device)
+            self.pre_feedforward_layernorm_2 = norm()
+            self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = norm(), norm()
+        if config.ple_size:
+            self.ple_gate = Linear(hidden, {"per_layer_input_gate": config.ple_size}, dtype=dtype, device=device)
+            self.ple_output = Linear(config.ple_size, {"per_layer_projection": hidden}, dtype=dtype, device=device)
+            self.post_per_layer_input_norm = norm()
+
+    def forward(self, x: Tensor, ple: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """x [T, H], ple [T, P] of this layer or None -> [T, H]."""
+        attended = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, batch))
+        normed, x = self.pre_feedforward_layernorm.after_add(attended, x)
+        fed = self.mlp(normed)
+        if self.router is not None:
+            fed = self._with_experts(fed, x, self.router)
+        x = x + self.post_feedforward_layernorm(fed)
+        if ple is not None:
+            gated = nn.functional.gelu(self.ple_gate(x), approximate="tanh") * ple
+            x = x + self.post_per_layer_input_norm(self.ple_output(gated))
+        return x * self.layer_scalar.values
+
+    def _with_experts(self, dense: Tensor, x: Tensor, router: Router) -> Tensor:
+        """The dense MLP's result and the experts', each under its own norm; both started from the same x."""
+        ids, weights = router(x)
+        sparse = self.experts(self.pre_feedforward_layernorm_2(x), ids, weights)
+        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
+
+
+class PerLayerEmbeddings(nn.Module):
+    """For every token a small vector per layer: half looked up by id, half projected from the token's embedding."""
+
+    def __init__(self, config: Gemma4Config, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.num_layers, self.root = len(config.layers), config.hidden**-0.5
+        width, size = config.ple_size * self.num_layers, config.ple_size
+        scale = size**0.5
+        self.embed_tokens_per_layer = Embedding(config.ple_vocab_size, width, scale=scale, dtype=dtype, device=device)
+        self.product = Linear(config.hidden, {"per_layer_model_projection": width}, dtype=dtype, device=device)
+        self.per_layer_projection_norm = RMSNorm(size, config.eps, "gemma", dtype=dtype, device=device)
+
+    def forward(self, input_ids: Tensor, x: Tensor) -> list[Tensor]:
+        """ids [T] and their scaled embeddings x [T, H] -> for each layer [T, P]."""
+        shape = (len(input_ids), self.num_layers, -1)
+        context = self.per_layer_projection_norm((self.product(x) * self.root).view(shape))
+        return list(((context + self.embed_tokens_per_layer(input_ids).view(shape)) * 2.0**-0.5).unbind(1))
+
+
+class Gemma4ForCausalLM(Decoder):
+    """The whole text model; its protocol is families.Model."""
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = c = Gemma4Config.read(text_section(config))
+        owners = [plan.index for plan in c.layers if plan.owns_kv]
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden, scale=c.hidden**0.5, dtype=dtype, device=device)
+        self.ple = PerLayerEmbeddings(c, dtype=dtype, device=device) if c.ple_size else None
+        self.layers = nn.ModuleList(
+            Block(c, plan, owners.index(plan.kv_layer), dtype=dtype, device=device) for plan in c.layers
+        )
+        self.norm = RMSNorm(c.hidden, c.eps, "gemma", dtype=dtype, device=device)
+        tied = self.embed_tokens if c.tied else None
+        self.lm_head = Head(c.vocab_size, c.hidden, tied=tied, dtype=dtype, device=device)
+        head_dims = {plan.kind: plan.head_dim for plan in c.layers}
+        self.rotary = nn.ModuleDict(
+            {kind: Rotary(c.rope[kind], dim, c.max_positions, device=device) for kind, dim in head_dims.items()}
+        )
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        owners = (plan for plan in self.config.layers if plan.owns_kv)
+        return CacheSpec(tuple(LayerSpec(plan.num_kv_heads, plan.head_dim, plan.window) for plan in owners))
+
+    def skipped_tensors(self) -> Iterable[str]:
+        """The hub's files hold keys and values of layers that share others', and may hold the tied head."""
+        for plan in self.config.layers:
+            if not plan.owns_kv:
+                yield rf"{re.escape(self.prefix)}layers\.{plan.index}\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+"
+        if self.config.tied:
+            yield r"lm_head\.weight"
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """[T] ids and positions -> hidden states [T, H] before the final norm."""
+        x = self.embed_tokens(input_ids)
+        ple = self.ple(input_ids, x) if self.ple is not None else [None] * len(self.layers)
+        angles = {kind: rotary(positions) for kind, rotary in self.rotary.items()}
+        for layer, plan, embedding in zip(self.layers, self.config.layers, ple, strict=True):
+            x = layer(x, embedding, *angles[plan.kind], batch)
+        return x
+
+    def _checkpoint_name(self, name: str) -> str:
+        # The checkpoint keeps the parts of the per-layer embeddings beside the layers, not in a module of their own.
+        return super()._checkpoint_name(name.removeprefix("ple."))
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
+        logits = self.lm_head(self.norm(hidden))
+        cap = self.config.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class Gemma4ForConditionalGeneration(Gemma4ForCausalLM):
+    """The text model inside the multimodal checkpoints of the hub. Media towers stay unloaded."""
+
+    prefix = "model.language_model."
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(config, dtype=dtype, device=device)
+        whole, text = Fields(config), text_section(config)
+        media = [
+            whole.integer(f"{kind}_token_id", default, least=0)
+            for kind, default in (("image", 258_880), ("audio", 258_881), ("video", 258_884))
+        ]
+        self.media_ids = torch.tensor(media, device=device)
+        self.pad_id = text.integer("pad_token_id", 0, least=0)
+
+    def skipped_tensors(self) -> Iterable[str]:
+        yield from super().skipped_tensors()
+        yield r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..+"
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        # A media placeholder without its medium reads as padding, as in the reference.
+        readable = input_ids.masked_fill(torch.isin(input_ids, self.media_ids), self.pad_id)
+        return super().forward(readable, positions, batch)

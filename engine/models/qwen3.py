@@ -1,0 +1,101 @@
+"""Qwen3, dense: pre-norm blocks, a norm on every query and key head before rotary, SwiGLU.
+
+T tokens of a step, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inferfleet.engine.batch import Batch
+from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.config import Fields, text_section
+from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention
+from inferfleet.engine.layers.embedding import Embedding, Head
+from inferfleet.engine.layers.mlp import GatedMLP
+from inferfleet.engine.layers.norm import RMSNorm
+from inferfleet.engine.layers.rotary import Rotary, rope_fields
+from inferfleet.engine.model_errors import BadModelConfig
+from inferfleet.engine.models.decoder import Decoder
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each on the norm of the residual stream."""
+
+    def __init__(
+        self, shape: AttentionShape, intermediate: int, index: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.self_attn = HeadNormAttention(shape, index, dtype=dtype, device=device)
+        self.mlp = GatedMLP(shape.hidden, intermediate, "silu", dtype=dtype, device=device)
+        self.input_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+
+    def forward(
+        self, branch: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and gives (last branch, residual) apart, because adding them is half of the next norm."""
+        if residual is None:
+            normed, residual = self.input_layernorm(branch), branch
+        else:
+            normed, residual = self.input_layernorm.after_add(branch, residual)
+        attended = self.self_attn(normed, cos, sin, batch)
+        normed, residual = self.post_attention_layernorm.after_add(attended, residual)
+        return self.mlp(normed), residual
+
+
+class Qwen3ForCausalLM(Decoder):
+    """The whole dense model; its protocol is families.Model."""
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        text = text_section(config)
+        text.refuse("hidden_act", "silu")
+        self.shape = shape = AttentionShape.read(text, default_head_dim=128)
+        self.windows = layer_windows(text)
+        vocab, intermediate = text.integer("vocab_size"), text.integer("intermediate_size")
+        self.embed_tokens = Embedding(vocab, shape.hidden, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            Block(shape, intermediate, index, dtype=dtype, device=device) for index in range(len(self.windows))
+        )
+        self.norm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+        tied = self.embed_tokens if text.boolean("tie_word_embeddings", False) else None
+        self.lm_head = Head(vocab, shape.hidden, tied=tied, dtype=dtype, device=device)
+        self.rotary = Rotary(rope_fields(text), shape.head_dim, text.integer("max_position_embeddings"), device=device)
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        shape = self.shape
+        return CacheSpec(tuple(LayerSpec(shape.num_kv_heads, shape.head_dim, window) for window in self.windows))
+
+    def skipped_tensors(self) -> Iterable[str]:
+        # Some uploads of tied models hold the head as well; it is the embedding again.
+        return (r"lm_head\.weight",) if self.lm_head.is_tied else ()
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """[T] ids and positions -> hidden states [T, H] before the final norm."""
+        cos, sin = self.rotary(positions)
+        branch, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            branch, residual = layer(branch, residual, cos, sin, batch)
+        return branch + residual
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
+        return self.lm_head(self.norm(hidden))
+
+
+def layer_windows(text: Fields) -> tuple[int | None, ...]:
+    """The window of each layer: use_sliding_window turns it on, layer_types or max_window_layers say where."""
+    count = text.integer("num_hidden_layers")
+    window = text.integer("sliding_window", 4096) if text.boolean("use_sliding_window", False) else None
+    first = text.integer("max_window_layers", 28, least=0)
+    default = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
+    kinds = text.list_of(str, "layer_types", default)
+    if len(kinds) != count or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise BadModelConfig(f"{text.where}: layer_types must hold {count} x sliding_attention or full_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

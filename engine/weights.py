@@ -1,0 +1,138 @@
+"""Finds a model's folder (local or on the Hugging Face hub) and streams its safetensors, one tensor at a time.
+
+It knows files, not models: which tensor belongs where is the family's business. Nothing but safetensors is read,
+because the other formats can run code when they are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from inferfleet.engine.model_errors import ModelUnavailable, UnsupportedModel
+
+#: What a text model needs of a hub repository; pictures, other frameworks' weights and code stay there.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_folder(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: `path` itself, or the downloaded snapshot of the hub id `path` at `revision`.
+
+    A revision is a branch, tag or commit; only a commit stays the same for ever. Raises ModelUnavailable.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise ModelUnavailable(f"{path} is a file; a model is a folder with config.json and safetensors in it")
+    if not _HUB_ID.fullmatch(path):
+        raise ModelUnavailable(f"there is no folder {path}, and it is not a hub id of the form owner/name")
+    return _download(path, revision)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The hub commit that a snapshot folder holds, or None for a folder that did not come from the hub."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    # Imported here: a model in a local folder needs no HTTP client in its process.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    named = f"{repo} at revision {revision}" if revision else repo
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError as error:  # before its parent RepositoryNotFoundError: the remedy is another one
+        raise ModelUnavailable(
+            f"{repo} is gated: accept its terms on its hub page, then run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelUnavailable(f"{repo} has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelUnavailable(
+            f"the hub has no repository {repo}; if it is private, run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelUnavailable(
+            f"{named} is not in the local cache and the hub cannot be reached; "
+            f"on a connected machine run `hf download {repo}{f' --revision {revision}' if revision else ''}`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelUnavailable(f"{named} could not be fetched from the hub: {error}") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of one model folder, in reading order."""
+
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Finds model.safetensors, or the shards that model.safetensors.index.json names; raises a ModelError."""
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if single.is_file():
+            return cls((single,))
+        if index.is_file():
+            return cls(_shards(folder, index))
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        hint = f" (found {', '.join(others)}: only safetensors are read; convert them)" if others else ""
+        raise UnsupportedModel(f"{folder} holds neither {single.name} nor {index.name}{hint}")
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every tensor, each read when it is asked for and not kept."""
+        for path in self.files:
+            try:
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    for name in file.keys():  # noqa: SIM118 (the handle is no mapping and cannot be iterated)
+                        yield name, _floating(name, file.get_tensor(name))
+            except (SafetensorError, OSError) as error:
+                raise ModelUnavailable(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _floating(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in _FLOATS:
+        raise UnsupportedModel(f"tensor {name} is stored as {tensor.dtype}: quantised checkpoints are not loaded")
+    return tensor
+
+
+def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelUnavailable(f"{index} is not a readable index with a weight_map: {error}") from error
+    # An index comes from the model's author: it may name files beside itself and no others.
+    foreign = [n for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")]
+    if foreign or not names:
+        raise UnsupportedModel(f"{index} must name safetensors files of its own folder, not {foreign}")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ModelUnavailable(f"{folder} lacks {len(absent)} of {len(names)} shards: {', '.join(absent)}")
+    return tuple(folder / name for name in names)

@@ -1,0 +1,74 @@
+"""Runs a model on hand-made batches: every chunk, block table and row order is the test's choice, no scheduler's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inferfleet.engine.batch import Batch, BatchBuilder
+from inferfleet.engine.cache import ContiguousCache, KVCache
+from inferfleet.engine.families import Model
+from inferfleet.engine.request import Request
+from inferfleet.engine.sampling_params import SamplingParams
+from inferfleet.engine.scheduler import Plan
+
+SLOTS = 20
+LONGEST = 256
+
+
+@dataclass
+class Direct:
+    """A model with a cache whose blocks are handed out in random order, so that no table is ever contiguous."""
+
+    model: Model
+    block_size: int = 16
+    paged: bool = True
+    dtype: torch.dtype = torch.float32
+    tables: list[np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec = self.model.cache_spec
+        size = self.block_size if self.paged else LONGEST
+        per_row = -(-LONGEST // size)
+        shuffled = random.Random(0)
+        self.tables = []
+        for _ in spec.windows:
+            blocks = list(range(1, SLOTS * per_row + 1))
+            shuffled.shuffle(blocks)
+            self.tables.append(np.array(blocks, dtype=np.int32).reshape(SLOTS, per_row))
+        kind = KVCache if self.paged else ContiguousCache
+        counts = [SLOTS * per_row + 1] * len(spec.windows)
+        self.cache = kind(spec, counts, size, dtype=self.dtype, device="cpu")
+        self.builder = BatchBuilder(self.cache, self.tables, max_num_batched_tokens=SLOTS * LONGEST, device="cpu")
+
+    def request(self, slot: int, ids: Sequence[int]) -> Request:
+        request = Request(str(slot), list(ids), SamplingParams())
+        request.slot = slot
+        return request
+
+    def step(self, rows: Sequence[tuple[Request, int]]) -> list[Tensor]:
+        """Computes the next `count` tokens of each row; gives the logits of each row's tokens, [count, V]."""
+        counts = [count for _, count in rows]
+        plan = Plan([row for row, _ in rows], counts, [True] * len(rows))
+        batch: Batch = self.builder.build(plan)
+        with torch.inference_mode():
+            hidden = self.model.forward(batch.input_ids, batch.positions, batch)
+            logits = self.model.compute_logits(hidden)
+        for row, count in rows:
+            row.num_computed_tokens += count
+        return list(logits.split(counts))
+
+    def score(self, prompts: Sequence[Sequence[int]], chunk: int) -> list[Tensor]:
+        """Logits [T, V] of every prompt, all in one ragged batch, at most `chunk` tokens of each per step."""
+        rows = [self.request(slot, ids) for slot, ids in enumerate(prompts)]
+        parts: list[list[Tensor]] = [[] for _ in rows]
+        while live := [row for row in rows if row.num_computed_tokens < row.num_tokens]:
+            step = [(row, min(chunk, row.num_tokens - row.num_computed_tokens)) for row in live]
+            for (row, _), logits in zip(step, self.step(step), strict=True):
+                parts[rows.index(row)].append(logits)
+        return [torch.cat(part) for part in parts]
