@@ -304,6 +304,11 @@ class Reference:
                 self._memory[key] = self.model(tokens, attention_mask=torch.ones_like(tokens)).logits[0].float()
         return self._memory[key]
 
+    def in_dtype(self, dtype: torch.dtype) -> Reference:
+        """The same checkpoint as transformers loads it from the folder in another dtype."""
+        model = type(self.model).from_pretrained(self.folder, dtype=dtype, attn_implementation="eager")
+        return Reference(model.eval(), self.tolerance, self.vocab_size, self.folder)
+
     def greedy(self, ids: list[int], count: int) -> tuple[list[int], list[float]]:
         """`count` greedy tokens after a prompt, and how far each was ahead of the second best."""
         sequence, margins = list(ids), []
@@ -333,10 +338,10 @@ def write(
     model = architecture.build(shape)
     model.config._attn_implementation = "eager"
     enliven(model, seed)
-    model.to(dtype).save_pretrained(folder)
-    if layout == "hub":
-        _hub_config(folder, shape)
-    _rewrite_weights(folder, layout, shape, shards)
+    round_to(model, dtype)
+    model.save_pretrained(folder)
+    _rewrite_config(folder, layout, shape, dtype)
+    _rewrite_weights(folder, layout, shape, dtype, shards)
     write_tokenizer(folder)
     model.set_attn_implementation("eager")
     return Reference(model.eval(), architecture.tolerance, shape["vocab_size"], folder)
@@ -372,10 +377,27 @@ def enliven(model: PreTrainedModel, seed: int) -> None:
                 tensor.copy_(normal(tensor, gain * tensor.shape[-1] ** -0.5))
 
 
-def _hub_config(folder: Path, shape: dict[str, Any]) -> None:
-    """Rewrites config.json to the keys of the published files, which are older than what transformers 5 saves."""
+def round_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Leaves the model in float32 with weights that `dtype` can hold. (`model.to` would round the rotary table too.)"""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(tensor.to(dtype).float())
+            assert tensor.dtype == torch.float32, name
+
+
+def _rewrite_config(folder: Path, layout: str, shape: dict[str, Any], dtype: torch.dtype) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if layout == "hub":
+        _rewrite_to_hub_keys(config, shape)
+        generation = {"eos_token_id": [EOS, 260], "bos_token_id": BOS, "pad_token_id": PAD, "temperature": 0.6}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _rewrite_to_hub_keys(config: dict[str, Any], shape: dict[str, Any]) -> None:
+    """To the keys of the published files, which are older than what transformers 5 saves."""
     text = config.get("text_config", config)
     if text.pop("per_layer_config", None) is not None:
         text["global_head_dim"] = shape["global_head_dim"]
@@ -387,14 +409,11 @@ def _hub_config(folder: Path, shape: dict[str, Any]) -> None:
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope if rope.get("rope_type") != "default" else None
         config["torch_dtype"] = config.pop("dtype")
-    path.write_text(json.dumps(config, indent=2))
-    generation = {"eos_token_id": [EOS, 260], "bos_token_id": BOS, "pad_token_id": PAD, "temperature": 0.6}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
 
 
-def _rewrite_weights(folder: Path, layout: str, shape: dict[str, Any], shards: int) -> None:
+def _rewrite_weights(folder: Path, layout: str, shape: dict[str, Any], dtype: torch.dtype, shards: int) -> None:
     single = folder / "model.safetensors"
-    tensors = load_file(single)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(single).items()}
     if layout == "hub":
         tensors |= _unused_tensors(tensors, shape)
     if layout == "stacked":
