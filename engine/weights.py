@@ -60,10 +60,11 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        XetDownloadError,
     )
 
     named = f"{repo} at revision {revision}" if revision else repo
@@ -84,7 +85,7 @@ def _download(repo: str, revision: str | None) -> Path:
             f"{named} is not in the local cache and the hub cannot be reached; "
             f"on a connected machine run `hf download {repo}{f' --revision {revision}' if revision else ''}`"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, XetDownloadError, OSError, ValueError) as error:
         raise ModelUnavailable(f"{named} could not be fetched from the hub: {error}") from error
 
 

@@ -1,0 +1,176 @@
+"""Finding a model's files, and streaming its tensors into the slots that want them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from fakehub import COMMIT, FakeHub
+from safetensors.torch import save, save_file
+
+from inferfleet.engine.layers.slots import Slots, fill
+from inferfleet.engine.model_errors import ModelUnavailable, UnsupportedModel, WeightsMismatch
+from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
+
+#: Asks for each (hub id, revision) in turn, in a process of its own: the hub's client reads its settings on import.
+ASK = """
+import json, sys
+from inferfleet.engine.model_errors import ModelUnavailable
+from inferfleet.engine.weights import commit_of, find_folder
+for path, revision in json.loads(sys.argv[1]):
+    try:
+        folder = find_folder(path, revision)
+        print(json.dumps({"files": sorted(p.name for p in folder.iterdir()), "commit": commit_of(folder)}))
+    except ModelUnavailable as error:
+        print(json.dumps({"error": str(error)}))
+"""
+
+
+def ask(wanted, hub_url, cache, **environment):
+    env = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HOME": str(cache), "HF_TOKEN": "", **environment}
+    command = [sys.executable, "-c", ASK, json.dumps(wanted)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_hub_id_downloads_only_what_a_text_model_needs_and_every_failure_says_what_to_do(tmp_path):
+    # Given a hub with one open repository, which also holds files of other frameworks and code,
+    weights = save({"a": torch.ones(2)})
+    files = {"config.json": b"{}", "model.safetensors": weights, "tokenizer.json": b"{ }"}
+    unwanted = {"pytorch_model.bin": b"x", "modeling_tiny.py": b"x", "consolidated.safetensors": b"x", "a.gguf": b"x"}
+    with FakeHub(files | unwanted) as hub:
+        # when models are asked for online,
+        wanted = [("tiny/open", "main"), ("tiny/open", "v9"), ("tiny/gated", None), ("tiny/none", None)]
+        found, revision, gated, unknown = ask(wanted, hub.url, tmp_path)
+        fetched = set(hub.fetched)
+    # then the open one is there, at a commit that names it for ever, without the rest,
+    assert found == {"files": sorted(files), "commit": COMMIT}
+    assert fetched == set(files)
+    # and each failure names the model and the remedy.
+    assert "tiny/open has no revision v9" in revision["error"]
+    assert "tiny/gated is gated" in gated["error"] and "hf auth login" in gated["error"]
+    assert "no repository tiny/none" in unknown["error"] and "hf auth login" in unknown["error"]
+    # And when the hub is gone, what was fetched still loads, and what was not says how to get it.
+    cached, missing = ask([("tiny/open", COMMIT), ("tiny/other", "v1")], hub.url, tmp_path, HF_HUB_OFFLINE="1")
+    assert cached == found
+    assert "`hf download tiny/other --revision v1`" in missing["error"]
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "../escape", "https://example.org/x", "just-a-name", "a/b c"])
+def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path):
+    with pytest.raises(ModelUnavailable, match="not a hub id of the form owner/name"):
+        find_folder(path)
+
+
+def test_a_file_is_no_model_folder(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"x")
+    with pytest.raises(ModelUnavailable, match="is a file"):
+        find_folder(str(tmp_path / "model.gguf"))
+
+
+def test_a_local_folder_has_no_commit(tmp_path):
+    assert commit_of(find_folder(str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "tf_model.h5", "model.pt"])
+def test_other_formats_than_safetensors_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UnsupportedModel, match=f"found {name}: only safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_tensors_of_all_shards_come_one_at_a_time(tmp_path):
+    # Given a checkpoint in two shards,
+    save_file({"a": torch.zeros(3), "b": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"c": torch.full((3,), 2.0)}, tmp_path / "model-00002-of-00002.safetensors")
+    shards = {"a": 1, "b": 1, "c": 2}
+    weight_map = {name: f"model-{number:05d}-of-00002.safetensors" for name, number in shards.items()}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    # when it is read and each tensor is dropped before the next,
+    seen, last = [], None
+    for name, tensor in Checkpoint.open(tmp_path).tensors():
+        # then the reader has kept none of those before.
+        gc.collect()
+        assert last is None or last() is None
+        seen.append((name, float(tensor[0])))
+        last = weakref.ref(tensor)
+        del tensor
+    assert sorted(seen) == [("a", 0.0), ("b", 1.0), ("c", 2.0)]
+
+
+def test_missing_shards_are_named(tmp_path):
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelUnavailable, match=r"lacks 1 of 2 shards: model-00002-of-00002\.safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/etc/passwd", "weights.bin", ""])
+def test_an_index_may_not_point_outside_its_folder(tmp_path, file):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UnsupportedModel, match="files of its own folder"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelUnavailable, match="not a readable index"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    whole = save({"a": torch.zeros(1000)})
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors is not a readable safetensors file"):
+        list(Checkpoint.open(tmp_path).tensors())
+
+
+def test_quantised_tensors_are_refused(tmp_path):
+    save_file({"a": torch.zeros(4, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"tensor a is stored as torch\.int8"):
+        list(Checkpoint.open(tmp_path).tensors())
+
+
+def test_filling_converts_dtypes_into_parts_of_a_larger_tensor():
+    # Given two slots in one matrix,
+    stacked = torch.zeros(3, 2)
+    slots = Slots({"q": stacked[:2], "k": stacked[2:]})
+    # when a bfloat16 checkpoint is read into them, then it lies there in float32.
+    fill(slots, [("q", torch.full((2, 2), 0.5, dtype=torch.bfloat16)), ("k", torch.full((1, 2), 3.0))])
+    assert stacked.tolist() == [[0.5, 0.5], [0.5, 0.5], [3.0, 3.0]]
+
+
+def test_every_difference_is_named_in_one_error():
+    # Given slots for a, b, and for c as one tensor or two,
+    slots = Slots(
+        {name: torch.zeros(2) for name in ("a", "b", "c.0", "c.1")}, {"c": (torch.zeros(2, 2), ("c.0", "c.1"))}
+    )
+    # when the checkpoint lacks b and c, holds another a, and two tensors that nobody asked for,
+    given = [("a", torch.zeros(3)), ("x", torch.zeros(1)), ("skipped.y", torch.zeros(1))]
+    with pytest.raises(WeightsMismatch) as caught:
+        fill(slots, given, [r"skipped\..*"])
+    # then the error holds all of it, and not what was declared useless.
+    assert caught.value.missing == ("c (or its 2 parts, c.0 and so on)", "b")
+    assert caught.value.extra == ("x",)
+    assert caught.value.misshapen == ("a is [3] and should be [2]",)
+    assert "2 missing" in str(caught.value) and "1 not part of this model: x" in str(caught.value)
+
+
+def test_a_stack_may_come_whole_or_in_parts_but_not_twice():
+    def slots():
+        whole = torch.zeros(2, 2)
+        return Slots({"c.0": whole[0], "c.1": whole[1]}, {"c": (whole, ("c.0", "c.1"))})
+
+    fill(slots(), [("c", torch.ones(2, 2))])
+    fill(slots(), [("c.0", torch.ones(2)), ("c.1", torch.ones(2))])
+    with pytest.raises(WeightsMismatch, match=r"c\.1"):
+        fill(slots(), [("c", torch.ones(2, 2)), ("c.1", torch.ones(2))])
