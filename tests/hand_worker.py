@@ -1,0 +1,136 @@
+"""A worker without an engine: claims jobs from a real ledger and answers as the user's message says. For API tests.
+
+    say A B C        the words as one delta each, then the end
+    hold [words]     says the words, then runs until the job is cancelled
+    fail CODE        fails with that error code
+Jobs wait while `paused` is set.
+"""
+
+import json
+import threading
+from typing import Any
+
+from inferfleet.tasks import errors
+from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.records import Claim
+
+CARD = {
+    "id": "paper",
+    "max_model_len": 4096,
+    "vocab_size": 1000,
+    "max_token_bytes": 8,
+    "family": "paper",
+    "state": "ready",
+}
+
+
+class HandWorker(threading.Thread):
+    """`ring` is what the API calls; every ring carries jobs until none waits."""
+
+    def __init__(self, redis_url: str, namespace: str, model: str = "paper") -> None:
+        super().__init__(daemon=True)
+        self.ledger = Ledger.from_url(redis_url, namespace)
+        self.model = model
+        self.paused = False
+        self.cancelled: list[str] = []
+        self.cancel_seen = threading.Event()
+        self._rung = threading.Semaphore(0)
+        self._stopping = False
+        self._carriers: list[threading.Thread] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """As new: serving, nothing cancelled."""
+        self.paused = False
+        self.cancelled.clear()
+        self.cancel_seen.clear()
+        self.ledger.put_card(self.model, CARD | {"id": self.model}, "hand", 600)
+
+    def ring(self, model: str, times: int) -> None:
+        self._rung.release(times)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._rung.release()
+        self.join()
+        for carrier in self._carriers:
+            carrier.join()
+        self.ledger.close()
+
+    def run(self) -> None:
+        number = 0
+        while True:
+            self._rung.acquire()
+            if self._stopping:
+                return
+            while not self.paused:
+                number += 1
+                claim = self.ledger.claim(self.model, worker="hand", token=str(number), lease_ms=60_000)
+                if claim is None:
+                    break
+                carrier = threading.Thread(target=self._carry, args=(claim,), daemon=True)
+                self._carriers.append(carrier)
+                carrier.start()
+
+    def _carry(self, claim: Claim) -> None:
+        job = JobRequest.model_validate_json(claim.envelope)
+        verb, *words = str(job.body.messages[-1].content).split(" ")
+        if verb == "fail":
+            error = errors.BY_CODE[words[0]]("it broke").to_dict()
+            self.ledger.complete(claim.job_id, claim.fence, state="failed", error=error)
+            return
+        choices = range(job.body.n or 1)
+        for number, word in enumerate(words):
+            last = verb == "say" and number == len(words) - 1
+            events = [self._delta(job, index, word, number, last) for index in choices]
+            self.ledger.publish(claim.job_id, claim.fence, events, f"{claim.fence}.{number}")
+        if verb == "hold":
+            self._wait_for_cancel(claim)
+            return
+        body = json.dumps(self._completion(claim, job, " ".join(words), len(words))).encode()
+        usage = self._usage(len(words))
+        self.ledger.complete(claim.job_id, claim.fence, state="completed", response=body, usage=usage)
+
+    def _wait_for_cancel(self, claim: Claim) -> None:
+        pause = threading.Event()
+        while not self._stopping:
+            if self.ledger.beat("hand", [(claim.job_id, claim.fence)], 60_000)[claim.job_id] != "ok":
+                self.ledger.complete(claim.job_id, claim.fence, state="cancelled", usage=self._usage(1))
+                self.cancelled.append(claim.job_id)
+                self.cancel_seen.set()
+                return
+            pause.wait(0.02)
+
+    def _delta(self, job: JobRequest, index: int, word: str, number: int, last: bool) -> dict[str, Any]:
+        text = word if number == 0 else f" {word}"
+        return {
+            "type": "response.output_text.delta",
+            "index": index,
+            "delta": text,
+            "token_ids": [number],
+            "logprobs": [self._logprob(text)] if job.body.logprobs else None,
+            "finish_reason": "stop" if last else None,
+        }
+
+    @staticmethod
+    def _logprob(text: str) -> dict[str, Any]:
+        alternative = {"token": text, "logprob": -0.5, "bytes": list(text.encode())}
+        return {**alternative, "top_logprobs": [alternative]}
+
+    @staticmethod
+    def _usage(tokens: int) -> dict[str, Any]:
+        return {"prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens}
+
+    def _completion(self, claim: Claim, job: JobRequest, text: str, tokens: int) -> dict[str, Any]:
+        words = [f" {word}" if number else word for number, word in enumerate(text.split(" "))]
+        logprobs = {"content": [self._logprob(word) for word in words], "refusal": None} if job.body.logprobs else None
+        choice = {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+        return {
+            "id": f"chatcmpl-{claim.job_id.removeprefix('job_')}",
+            "object": "chat.completion",
+            "created": claim.created_ms // 1000,
+            "model": self.model,
+            "choices": [{"index": index, **choice, "finish_reason": "stop"} for index in range(job.body.n or 1)],
+            "usage": self._usage(tokens),
+        }

@@ -1,0 +1,64 @@
+"""The API as its users meet it: a real uvicorn on loopback in a thread, a real Redis, and a worker by hand."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import openai
+import uvicorn
+from hand_worker import HandWorker
+
+from inferfleet.tasks.settings import Settings
+from inferfleet.workers import logs
+from inferfleet.workers.api.server import create_app, listen
+
+NAMESPACE = "api"
+
+
+@dataclass(frozen=True)
+class LiveApi:
+    url: str
+    worker: HandWorker
+    settings: Settings
+
+    def http(self, **kwargs: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, trust_env=False, timeout=30, **kwargs)
+
+    def sdk(self, *, api_key: str = "none", max_retries: int = 0, **kwargs: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=30, **kwargs)
+
+
+@contextmanager
+def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
+    """An API and a worker; `settings` go over the defaults."""
+    logs.configure("warning", "json")
+    chosen = Settings(redis_url=redis_url, namespace=NAMESPACE, drain_grace_seconds=1, **settings)
+    worker = HandWorker(redis_url, NAMESPACE)
+    worker.start()
+    app = create_app(chosen, worker.ring)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    with listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            _wait_until_up(url)
+            yield LiveApi(url, worker, chosen)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=15)
+            worker.stop()
+
+
+def _wait_until_up(url: str) -> None:
+    pause = threading.Event()
+    for _ in range(500):
+        try:
+            if httpx2.get(f"{url}/health", trust_env=False).status_code == 200:
+                return
+        except httpx2.TransportError:
+            pause.wait(0.02)
+    raise AssertionError("the API did not come up within 10 s")

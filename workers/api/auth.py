@@ -1,0 +1,66 @@
+"""Who is calling: the tenant behind an API key. Keys are random, shown once and kept only as their SHA-256."""
+
+import hashlib
+import hmac
+import ipaddress
+import secrets
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from inferfleet.tasks.errors import SetupError, Unauthorized
+
+#: Marks a string as one of our keys: a mistyped key is refused even where none is needed, while the placeholder
+#: that the OpenAI SDK insists on (`api_key="none"`) is not.
+KEY_PREFIX = "ifk_"
+DEFAULT_TENANT = "default"
+
+
+class NoApiKey(SetupError):
+    """The API would listen beyond this machine without a single API key."""
+
+    code = "no_api_key"
+
+
+def new_key() -> str:
+    """A fresh key with 256 bits of randomness."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def digest(key: str) -> str:
+    """What is stored of a key. It needs no salt or stretching: nobody guesses 256 random bits."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+_bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer ifk_…`; not needed on loopback")
+
+
+async def tenant(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> str:
+    """The caller's tenant. Raises Unauthorized."""
+    services = request.app.state.services
+    if credentials is None or not credentials.credentials.startswith(KEY_PREFIX):
+        if services.keys_required:
+            raise Unauthorized("this API needs a key: Authorization: Bearer ifk_…", param="Authorization")
+        return DEFAULT_TENANT
+    presented = digest(credentials.credentials)
+    record = await services.ledger.find_key(presented)
+    if record is None or not hmac.compare_digest(record.sha256, presented):
+        raise Unauthorized("this API key is unknown or was deleted", param="Authorization")
+    owner: str = record.tenant
+    return owner
+
+
+Tenant = Annotated[str, Depends(tenant)]

@@ -1,0 +1,82 @@
+"""The one way into the ledger: what must be true of a job before it is accepted, and how it is accepted once."""
+
+import time
+from typing import Any
+
+from inferfleet.tasks import names
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, body_hash, check_card
+from inferfleet.tasks.errors import ModelNotFound
+from inferfleet.tasks.ledger import AsyncLedger
+from inferfleet.tasks.records import Submitted
+from inferfleet.tasks.settings import Settings
+from inferfleet.workers.api.prompt_counter import PromptCounter
+from inferfleet.workers.api.ringer import Ringer
+
+Card = dict[str, Any]
+
+#: Cards change when workers come and go; a request need not ask for them again within this time.
+CARDS_SECONDS = 1.0
+
+
+class Door:
+    """Checks and submits jobs of every route."""
+
+    def __init__(self, settings: Settings, ledger: AsyncLedger, ringer: Ringer) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._ringer = ringer
+        self._counter = PromptCounter(settings.models)
+        self._cards: dict[str, Card] = {}
+        self._cards_until = 0.0
+
+    async def check(self, request: ChatCompletionRequest) -> None:
+        """Raises ModelNotFound, InvalidRequest or ContextLengthExceeded, each naming the field and the limit."""
+        card = await self._card(request.model)
+        check_card(request, card)
+        await self._counter.check(request, card.get("max_model_len"))
+
+    async def submit(
+        self, request: JobRequest, tenant: str, *, job_id: str | None = None, idempotency_key: str | None = None
+    ) -> Submitted:
+        """Accepts a checked job once. Raises QueueFull, IdempotencyKeyReuse, LedgerUnavailable."""
+        envelope = request.envelope()
+        submitted = await self._ledger.submit(
+            job_id or names.new_job_id(),
+            envelope,
+            model=request.body.model,
+            tenant=tenant,
+            body_hash=body_hash(envelope),
+            priority=request.effective_priority,
+            deadline_ms=request.deadline_ms,
+            start_timeout_ms=request.start_timeout_ms,
+            idempotency_key=idempotency_key,
+            max_queued=self._settings.max_queued,
+            custom_id=request.custom_id,
+            endpoint=request.url,
+            metadata=request.labels,
+        )
+        if submitted.queued:
+            self._ringer.ring(request.body.model)
+        return submitted
+
+    def ring(self, model: str) -> None:
+        """For a job that waits again, as after a retry."""
+        self._ringer.ring(model)
+
+    async def cards(self) -> dict[str, Card]:
+        """model -> card: what workers published, and what settings name though no worker serves it now."""
+        configured: dict[str, Card] = {
+            name: {"id": name, "state": "unserved", "max_model_len": spec.max_model_len}
+            for name, spec in self._settings.models.items()
+        }
+        self._cards = await self._ledger.cards()
+        self._cards_until = time.monotonic() + CARDS_SECONDS
+        return configured | self._cards
+
+    async def _card(self, model: str) -> Card:
+        if time.monotonic() < self._cards_until and model in self._cards:
+            return self._cards[model]
+        cards = await self.cards()
+        if model not in cards:
+            raise ModelNotFound(f"no worker serves the model {model[:100]!r}", param="model")
+        return cards[model]

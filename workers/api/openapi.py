@@ -1,0 +1,166 @@
+"""The OpenAPI document's bodies and answers, written by hand where routes read raw bytes."""
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from inferfleet.tasks.contracts import ChatCompletionRequest, Contract, JobRequest, Priority, UnixSeconds
+from inferfleet.tasks.job_object import Job
+
+REF = "#/components/schemas/{model}"
+
+
+class ErrorBody(BaseModel):
+    """What went wrong; `code` is stable, `param` the dotted path of the field to change."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every error of every route."""
+
+    error: ErrorBody
+
+
+class ChatMessage(BaseModel):
+    role: str
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    finish_reason: str
+    logprobs: dict[str, Any] | None
+
+
+class ChatCompletion(BaseModel):
+    """The `chat.completion` object of OpenAI; `stream` sends `chat.completion.chunk` events instead."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: dict[str, Any]
+
+
+class JobPageAnswer(BaseModel):
+    """Jobs, newest first."""
+
+    object: str
+    data: list[Job]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class JobUpdate(Contract):
+    """What may change while a job waits. Lower priority runs first."""
+
+    priority: Priority | None = None
+    #: Unix seconds.
+    deadline: UnixSeconds | None = None
+
+
+class ModelCard(BaseModel):
+    """A served model; `status` is ready, loading, or unserved when only the settings name it."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    status: str
+
+
+class ModelList(BaseModel):
+    object: str
+    data: list[ModelCard]
+
+
+MODELS: tuple[type[BaseModel], ...] = (
+    ChatCompletionRequest, ChatCompletion, JobRequest, JobUpdate, Job, JobPageAnswer, ModelCard, ModelList, ErrorAnswer,
+)  # fmt: skip
+
+
+def components() -> dict[str, Any]:
+    """The schemas that the routes below refer to."""
+    wanted = [(model, "validation") for model in MODELS]
+    _, document = models_json_schema(wanted, ref_template=REF)  # type: ignore[arg-type]
+    schemas: dict[str, Any] = document["$defs"]
+    return schemas
+
+
+def ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REF.format(model=model.__name__)}
+
+
+def body(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(model)}}}}
+
+
+def answer(text: str, model: type[BaseModel] | None = None, media: str = "application/json") -> dict[str, Any]:
+    return {"description": text, "content": {media: {"schema": ref(model) if model else {"type": "string"}}}}
+
+
+def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
+    """Those of one route: its own, the errors that it names, and those that any route may give."""
+    texts = {
+        400: "the body is not JSON", 404: "unknown model or job", 409: "the job's state, or a reused key, forbids it",
+        413: "the body is too large", 415: "not application/json", 422: "a field is wrong: `param` names it",
+        429: "the queue is full: see Retry-After", 504: "the job's time was over",
+    }  # fmt: skip
+    named = {str(status): answer(texts[status], ErrorAnswer) for status in errors}
+    always = {"401": answer("the API key is missing or unknown", ErrorAnswer),
+              "503": answer("the ledger (Redis) is away", ErrorAnswer)}  # fmt: skip
+    return {"responses": extra | named | always}
+
+
+def header(name: str, text: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+
+
+KEY = header("Idempotency-Key", "1 to 255 printable characters; the same key and body give the same job")
+PREFER = header("Prefer", "`respond-async`: answer 202 at once; `wait=N`: answer 202 after N seconds, at most 60")
+
+_JOB = answer("the job", Job)
+_ACCEPTED = answer("the job; poll its `Location`", Job)
+_BODY_ERRORS = (400, 413, 415, 422)
+
+CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
+    {
+        "200": {
+            "description": "the completion; with `stream` its chunks as server-sent events, ended by `[DONE]`",
+            "content": {
+                "application/json": {"schema": ref(ChatCompletion)},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        },
+        "202": _ACCEPTED,
+    },
+    *_BODY_ERRORS, 404, 409, 429, 504,
+)  # fmt: skip
+CREATE_JOB = body(JobRequest) | {"parameters": [KEY, PREFER]} | answers(
+    {"200": answer("the job, which has ended", Job), "202": _ACCEPTED}, *_BODY_ERRORS, 404, 409, 429
+)  # fmt: skip
+PUT_JOB = body(JobRequest) | answers({"202": _ACCEPTED, "200": _JOB}, *_BODY_ERRORS, 404, 409, 429)
+LIST_JOBS = answers({"200": answer("one page", JobPageAnswer)}, 404, 422)
+GET_JOB = answers({"200": _JOB}, 404, 422)
+PATCH_JOB = body(JobUpdate) | answers({"200": _JOB}, *_BODY_ERRORS, 404, 409)
+CANCEL_JOB = answers({"202": answer("the job, cancelling or cancelled", Job)}, 404, 409)
+RETRY_JOB = answers({"202": _ACCEPTED}, 404, 409)
+RESULT = answers({"200": answer("the answer alone", ChatCompletion)}, 404, 409, 504)
+EVENTS = answers(
+    {
+        "200": answer("server-sent events with `sequence_number`", media="text/event-stream"),
+        "204": {"description": "the job has ended and has no later events: do not connect again"},
+    },
+    404, 422,
+)  # fmt: skip
+DELETE_JOB = answers({"200": {"description": "gone"}}, 404, 409)
+LIST_MODELS = answers({"200": answer("the models", ModelList)})
+GET_MODEL = answers({"200": answer("the model", ModelCard)}, 404)

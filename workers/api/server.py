@@ -1,0 +1,172 @@
+"""The HTTP application: routes put together, errors in one shape, start and stop. Holds no rule about jobs."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import redis.asyncio
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from redis.asyncio.retry import Retry
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+
+from inferfleet.tasks.errors import FleetError, InvalidRequest, SetupError
+from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
+from inferfleet.tasks.settings import Settings
+from inferfleet.workers.api import chat, health, jobs, models
+from inferfleet.workers.api.auth import NoApiKey, is_loopback
+from inferfleet.workers.api.docs import docs_page
+from inferfleet.workers.api.door import Door
+from inferfleet.workers.api.hub import BLOCK_MS, Hub
+from inferfleet.workers.api.middleware import RequestScope
+from inferfleet.workers.api.openapi import components
+from inferfleet.workers.api.responses import error_response, json_response
+from inferfleet.workers.api.ringer import Ring, Ringer
+from inferfleet.workers.api.services import Services
+from inferfleet.workers.api.sse import cancel_and_wait
+from inferfleet.workers.api.telemetry import HttpMetrics
+
+#: Short calls share these; waiters hold none of them (see hub.py).
+MAX_CONNECTIONS = 64
+#: A Redis that is silent this long is away: three tries and the caller has its 503.
+CALL_SECONDS = 3.0
+RETRIES = 3
+
+
+def create_app(settings: Settings, ring: Ring) -> FastAPI:
+    """The application. `ring` puts turns on a model's queue; it may block and may fail."""
+    metrics = HttpMetrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        ledger = AsyncLedger(_client(settings, MAX_CONNECTIONS, CALL_SECONDS, RETRIES), settings.namespace)
+        reader = _client(settings, 1, BLOCK_MS / 1000 + CALL_SECONDS, 0)
+        hub, ringer = Hub(ledger, reader), Ringer(ring)
+        door = Door(settings, ledger, ringer)
+        app.state.services = Services(settings, ledger, hub, door, metrics, not is_loopback(settings.api_host))
+        reading = asyncio.create_task(hub.run())
+        try:
+            yield
+        finally:
+            await cancel_and_wait(reading)
+            await asyncio.to_thread(ringer.close)
+            await reader.aclose()
+            await ledger.close()
+
+    app = FastAPI(
+        title="inferfleet",
+        version="1",
+        description="Chat jobs behind a queue: OpenAI's surface, and the jobs themselves under /v1/jobs.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
+        redoc_url=None,
+    )
+    for router in (chat.router, jobs.router, models.router, health.router):
+        app.include_router(router)
+    app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
+    app.add_middleware(RequestScope, metrics=metrics)
+    app.add_exception_handler(FleetError, _on_fleet_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_query_error)
+    _describe(app)
+    return app
+
+
+def serve(settings: Settings, ring: Ring) -> None:
+    """Listens until SIGTERM or SIGINT, then lets running answers finish within drain_grace_seconds.
+
+    Raises NoApiKey, or SetupError when the address cannot be had.
+    """
+    if not is_loopback(settings.api_host):
+        _require_a_key(settings)
+    config = uvicorn.Config(
+        create_app(settings, ring),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=round(settings.drain_grace_seconds),
+    )
+    with listen(settings.api_host, settings.api_port) as listener:
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _client(settings: Settings, connections: int, seconds: float, retries: int) -> "redis.asyncio.Redis":
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        settings.redis_url,
+        max_connections=connections,
+        timeout=seconds,
+        socket_timeout=seconds,
+        socket_connect_timeout=CONNECT_TIMEOUT,
+        retry=Retry(BACKOFF, retries),
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def _require_a_key(settings: Settings) -> None:
+    ledger = Ledger.from_url(settings.redis_url, settings.namespace)
+    try:
+        if not ledger.list_keys():
+            raise NoApiKey(
+                f"api_host {settings.api_host} can be reached from other machines and there is no API key yet; "
+                "make one with `inferfleet keys create`, or listen on 127.0.0.1",
+                param="api_host",
+            )
+    finally:
+        ledger.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound, listening TCP socket; port 0 = any free one. Raises SetupError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SetupError(f"cannot listen on {host}:{port}: {error.strerror or error}", param="api_port") from None
+    listener.listen(2048)
+    return listener
+
+
+async def _on_fleet_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FleetError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in our shape."""
+    assert isinstance(error, HTTPException)
+    text = {404: "there is no such route", 405: f"{request.method} is not allowed here"}
+    body = {"message": text.get(error.status_code, error.detail), "type": "invalid_request_error", "param": None,
+            "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")}  # fmt: skip
+    return json_response({"error": body}, error.status_code, error.headers)
+
+
+async def _on_query_error(request: Request, error: Exception) -> Response:
+    """A query parameter that FastAPI refused."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return error_response(InvalidRequest(f"{name}: {first['msg']}", param=name))
+
+
+async def _docs(request: Request) -> HTMLResponse:
+    return HTMLResponse(docs_page(request.app.openapi()))
+
+
+def _describe(app: FastAPI) -> None:
+    """Adds the schemas that FastAPI cannot see, because routes read raw bytes."""
+    generate = app.openapi
+
+    def with_components() -> dict[str, Any]:
+        document = generate()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(components())
+        return document
+
+    app.openapi = with_components  # type: ignore[method-assign]
