@@ -72,7 +72,39 @@ inline v16 load16(const bf16 *p) {
 
 inline void store16(float *p, v16 x) { std::memcpy(p, &x, sizeof x); }
 
-inline v16 splat(float x) { return v16{} + x; }
+inline v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+// Thirty-two stored numbers as two vectors. For bf16 these are the even and the odd ones, which costs one operation
+// each instead of two; whoever meets them must have come from load32 too, and goes back through store32.
+struct Pair {
+    v16 first, second;
+};
+
+inline Pair load32(const float *p) { return {load16(p), load16(p + 16)}; }
+
+inline Pair load32(const bf16 *p) {
+    typedef uint32_t words __attribute__((vector_size(64)));
+    words both;
+    std::memcpy(&both, p, sizeof both);
+    return {(v16)(both << 16), (v16)(both & 0xffff0000u)};
+}
+
+inline void store32(float *p, Pair x) {
+    store16(p, x.first);
+    store16(p + 16, x.second);
+}
+
+inline void store32(bf16 *p, Pair x) {
+    bf16 first[16], second[16];
+    for (int i = 0; i < 16; ++i) {
+        first[i] = narrow<bf16>(x.first[i]);
+        second[i] = narrow<bf16>(x.second[i]);
+    }
+    for (int i = 0; i < 16; ++i) {
+        p[2 * i] = first[i];
+        p[2 * i + 1] = second[i];
+    }
+}
 
 // From each pair of 2S-wide pieces of a and b: their low (or high) S lanes side by side.
 template <size_t S, bool high, size_t... I> inline v16 pick(v16 a, v16 b, std::index_sequence<I...>) {

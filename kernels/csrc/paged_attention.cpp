@@ -1,11 +1,12 @@
 // Causal attention over a paged cache for a ragged batch, and the scatter that fills the cache.
 // See kernels/paged_attention.py for the formula.
 //
-// Two shapes of work. A row with one query token is bound by memory: its keys are read once for all query heads of
-// a kv head, in pieces of `piece` tokens whose partial results are merged afterwards, so that one long row still
-// uses every core. A row with more is bound by arithmetic: `tile_rows` (token, head) pairs meet tiles of `tile_keys`
-// keys, widened and transposed once per tile, in a small matrix product. Which path a row takes and how it is cut
-// depends on that row alone, never on its batch mates or on the number of threads.
+// Two shapes of work. A row with one query token is bound by memory: its keys and values are read once, in the order
+// in which they lie (all kv heads of a token side by side), in pieces of `piece` tokens whose partial results are
+// merged afterwards, so that one long row still uses every core. A row with more is bound by arithmetic: `tile_rows`
+// (token, head) pairs meet tiles of `tile_keys` keys, widened and transposed once per tile, in a small matrix
+// product. Which path a row takes and how its keys are cut depends on that row alone, never on its batch mates or on
+// the number of threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -16,6 +17,8 @@
 namespace {
 
 constexpr int64_t piece = 512;
+constexpr int64_t max_ahead = 16;       // tokens that a prefetch runs before the read, at most
+constexpr int64_t ahead_bytes = 4096; // and about this far: inside the first-level cache
 constexpr int64_t tile_rows = 96;
 constexpr int64_t tile_keys = 128;
 constexpr float nothing = -3.0e38f; // a maximum over no keys; finite, so that differences of two stay defined
@@ -29,18 +32,24 @@ template <class T> struct Problem {
 
     int64_t group() const { return heads / kv_heads; }
 
-    const T *at(const T *cache, int64_t row, int64_t kv_head, int64_t token) const {
-        const int64_t block = block_tables[row * max_blocks + token / block_size];
-        return cache + ((block * block_size + token % block_size) * kv_heads + kv_head) * width;
+    // Where one head of tokens begin..end of a row's context lies in either cache: offsets[0..end-begin).
+    void locate(int64_t *offsets, int64_t row, int64_t kv_head, int64_t begin, int64_t end) const {
+        const int32_t *table = block_tables + row * max_blocks;
+        const int64_t step = kv_heads * width;
+        for (int64_t token = begin; token < end;) {
+            const int64_t inside = token % block_size, stop = std::min(end, token - inside + block_size);
+            int64_t offset = (int64_t(table[token / block_size]) * block_size + inside) * step + kv_head * width;
+            for (; token < stop; ++token, offset += step) *offsets++ = offset;
+        }
     }
 
     int64_t first_key(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
 };
 
 struct Task {
-    int64_t row, kv_head;
-    int64_t begin, end;   // query tokens of the row (tile), or keys of its context (piece)
-    int64_t partial;      // where a piece leaves its result; -1 for a whole answer
+    int64_t row, kv_head, num_heads; // num_heads: of the kv heads; a tile has one
+    int64_t begin, end;              // query tokens of the row (tile), or keys of its context (piece)
+    int64_t slot;                    // where a piece leaves its result; -1 for a tile
     double cost;
 };
 
@@ -60,6 +69,7 @@ template <Use use> float *scratch(size_t floats) {
 // scores[0..n) -> exp(scores - maximum); returns the maximum, and the sum through `total`.
 float soften(float *scores, int64_t n, float before, float *total) {
     float maximum = before;
+#pragma omp simd reduction(max : maximum)
     for (int64_t j = 0; j < n; ++j) maximum = scores[j] > maximum ? scores[j] : maximum;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -71,100 +81,147 @@ float soften(float *scores, int64_t n, float before, float *total) {
     return maximum;
 }
 
-// ---- one query token: G query heads against the keys [begin, end) of their kv head ----
+// ---- one query token: every query head of some kv heads against the keys begin..end ----
 
-template <int G, class T>
-void score_keys(float *scores, const float *q, const Problem<T> &p, int64_t row, int64_t kv_head, int64_t begin,
-                int64_t end) {
-    for (int64_t token = begin; token < end; token += 16) {
-        const int64_t count = std::min<int64_t>(16, end - token);
-        alignas(64) v16 sums[G][16] = {};
-        for (int64_t j = 0; j < count; ++j) {
-            const T *key = p.at(p.k_cache, row, kv_head, token + j);
-            v16 sum[G] = {};
-            for (int64_t d = 0; d < p.width; d += 16) {
-                const v16 k = load16(key + d);
-                for (int g = 0; g < G; ++g) sum[g] += load16(q + g * p.width + d) * k;
-            }
-            for (int g = 0; g < G; ++g) sums[g][j] = sum[g];
-        }
-        for (int g = 0; g < G; ++g) store16(scores + g * piece + (token - begin), sums16(sums[g]));
-    }
-}
-
-template <int G, int N, class T>
-void weigh_values(float *out, const float *weights, const Problem<T> &p, int64_t row, int64_t kv_head, int64_t begin,
-                  int64_t end, int64_t d) {
-    v16 sum[G][N] = {};
-    for (int64_t token = begin; token < end; ++token) {
-        const T *value = p.at(p.v_cache, row, kv_head, token) + d;
-        for (int n = 0; n < N; ++n) {
-            const v16 v = load16(value + 16 * n);
-            for (int g = 0; g < G; ++g) sum[g][n] += splat(weights[g * piece + token - begin]) * v;
-        }
-    }
-    for (int g = 0; g < G; ++g)
-        for (int n = 0; n < N; ++n) store16(out + g * p.width + d + 16 * n, sum[g][n]);
-}
-
-// Unnormalised result into out [G][width], with each head's maximum and sum of weights.
-template <int G, class T>
-void attend_piece(float *out, float *maxima, float *totals, const Problem<T> &p, int64_t row, int64_t kv_head,
-                  int64_t head, int64_t begin, int64_t end) {
-    float *q = scratch<for_task>(G * (p.width + piece)), *scores = q + G * p.width;
-    const T *query = p.q + int64_t(p.query_start[row]) * p.q_stride + head * p.width;
-    for (int64_t i = 0; i < G * p.width; ++i) q[i] = widen(query[i]) * p.scale;
-    score_keys<G>(scores, q, p, row, kv_head, begin, end);
-    for (int g = 0; g < G; ++g) maxima[g] = soften(scores + g * piece, end - begin, nothing, totals + g);
-    constexpr int N = G >= 4 ? 4 : 8;
-    int64_t d = 0;
-    for (; d + 16 * N <= p.width; d += 16 * N) weigh_values<G, N>(out, scores, p, row, kv_head, begin, end, d);
-    for (; d < p.width; d += 16) weigh_values<G, 1>(out, scores, p, row, kv_head, begin, end, d);
-}
-
-// Partial results of the pieces: [slot][group][width] sums, then maxima and totals [slot][group].
+// Partial results: for each slot (a piece of a row) and query head the unnormalised sum [width], in the order of
+// load32, the maximum of the scores and the total of the weights.
 struct Partials {
     float *sums, *maxima, *totals;
-    int64_t group, width;
-    float *sum(int64_t slot) const { return sums + slot * group * width; }
+    int64_t heads, width;
+    float *sum(int64_t slot, int64_t head) const { return sums + (slot * heads + head) * width; }
+    float *maximum(int64_t slot, int64_t head) const { return maxima + slot * heads + head; }
+    float *total(int64_t slot, int64_t head) const { return totals + slot * heads + head; }
 };
 
-template <class T> void run_piece(const Problem<T> &p, const Task &task, const Partials &partials) {
-    const int64_t group = p.group();
-    float *sums = partials.sum(task.partial), *maxima = partials.maxima + task.partial * group,
-          *totals = partials.totals + task.partial * group;
-    int64_t g = 0;
-    auto some = [&](auto size) {
-        constexpr int G = decltype(size)::value;
-        for (; g + G <= group; g += G)
-            attend_piece<G>(sums + g * p.width, maxima + g, totals + g, p, task.row, task.kv_head,
-                            task.kv_head * group + g, task.begin, task.end);
-    };
-    some(std::integral_constant<int, 4>());
-    some(std::integral_constant<int, 2>());
-    some(std::integral_constant<int, 1>());
+// G query heads of each of `heads` kv heads. q [heads][G][width] in the order of load32, scores [heads][G][piece].
+template <int G, class T>
+void score_keys(float *scores, v16 *sums, const float *q, const T *cache, const int64_t *offsets, int64_t count,
+                int64_t heads, int64_t width, int64_t ahead) {
+    for (int64_t first = 0; first < count; first += 16) {
+        const int64_t tokens = std::min<int64_t>(16, count - first);
+        for (int64_t j = 0; j < tokens; ++j) {
+            const T *key = cache + offsets[first + j], *later = cache + offsets[first + j + ahead];
+            for (int64_t h = 0; h < heads; ++h, key += width, later += width) {
+                v16 first_sum[G] = {}, second_sum[G] = {};
+                for (int64_t d = 0; d < width; d += 32) {
+                    const Pair k = load32(key + d);
+                    __builtin_prefetch(later + d);
+                    for (int g = 0; g < G; ++g) {
+                        first_sum[g] += load16(q + (h * G + g) * width + d) * k.first;
+                        second_sum[g] += load16(q + (h * G + g) * width + d + 16) * k.second;
+                    }
+                }
+                for (int g = 0; g < G; ++g) sums[(h * G + g) * 16 + j] = first_sum[g] + second_sum[g];
+            }
+        }
+        for (int64_t i = 0; i < heads * G; ++i) store16(scores + i * piece + first, sums16(sums + i * 16));
+    }
 }
 
-// Pieces slot, slot+1, ... of one row and kv head, in order, into the answer.
-template <class T>
-void merge_pieces(const Problem<T> &p, int64_t row, int64_t kv_head, int64_t slot, int64_t count,
-                  const Partials &partials) {
-    const int64_t group = p.group(), width = p.width;
-    T *out = p.out + (int64_t(p.query_start[row]) * p.heads + kv_head * group) * width;
-    for (int64_t g = 0; g < group; ++g) {
-        float maximum = nothing, total = 0;
-        for (int64_t s = slot; s < slot + count; ++s) maximum = std::max(maximum, partials.maxima[s * group + g]);
-        float *merged = partials.sum(slot) + g * width;
-        for (int64_t s = slot; s < slot + count; ++s) {
-            const float share = exp_fast(partials.maxima[s * group + g] - maximum);
-            const float *part = partials.sum(s) + g * width;
-            total += share * partials.totals[s * group + g];
-            if (s == slot)
-                for (int64_t d = 0; d < width; ++d) merged[d] *= share;
-            else
-                for (int64_t d = 0; d < width; ++d) merged[d] += share * part[d];
+// out[g] += sum over `tokens` tokens of weights[g * piece + j] * value j, for 32 N numbers of one kv head.
+template <int G, int N, class T>
+void weigh_values(float *out, const float *weights, const T *cache, const int64_t *offsets, int64_t tokens,
+                  int64_t width, int64_t ahead) {
+    v16 first[G][N], second[G][N];
+    for (int g = 0; g < G; ++g)
+        for (int n = 0; n < N; ++n) {
+            first[g][n] = load16(out + g * width + 32 * n);
+            second[g][n] = load16(out + g * width + 32 * n + 16);
         }
-        for (int64_t d = 0; d < width; ++d) out[g * width + d] = narrow<T>(merged[d] / total);
+    for (int64_t j = 0; j < tokens; ++j)
+        for (int n = 0; n < N; ++n) {
+            const Pair v = load32(cache + offsets[j] + 32 * n);
+            __builtin_prefetch(cache + offsets[j + ahead] + 32 * n);
+            for (int g = 0; g < G; ++g) {
+                const v16 weight = splat(weights[g * piece + j]);
+                first[g][n] += weight * v.first;
+                second[g][n] += weight * v.second;
+            }
+        }
+    for (int g = 0; g < G; ++g)
+        for (int n = 0; n < N; ++n) {
+            store16(out + g * width + 32 * n, first[g][n]);
+            store16(out + g * width + 32 * n + 16, second[g][n]);
+        }
+}
+
+// G query heads, from `skip` on within their group, of each kv head of the task.
+template <int G, class T>
+void attend_piece(const Problem<T> &p, const Task &task, const Partials &partials, const int64_t *offsets,
+                  int64_t skip) {
+    const int64_t count = task.end - task.begin, heads = task.num_heads, width = p.width;
+    float *q = scratch<for_task>(heads * G * (width + piece + 16 * 16));
+    float *scores = q + heads * G * width;
+    v16 *sums = reinterpret_cast<v16 *>(scores + heads * G * piece);
+    const int64_t ahead = std::clamp<int64_t>(ahead_bytes / int64_t(heads * width * sizeof(T)), 1, max_ahead);
+    auto query_head = [&](int64_t h) { return (task.kv_head + h) * p.group() + skip; };
+    for (int64_t h = 0; h < heads; ++h)
+        for (int g = 0; g < G; ++g) {
+            const T *query = p.q + p.query_start[task.row] * p.q_stride + (query_head(h) + g) * width;
+            for (int64_t d = 0; d < width; d += 32) {
+                const Pair x = load32(query + d);
+                store32(q + (h * G + g) * width + d, {x.first * splat(p.scale), x.second * splat(p.scale)});
+            }
+        }
+    score_keys<G>(scores, sums, q, p.k_cache, offsets, count, heads, width, ahead);
+    for (int64_t h = 0; h < heads; ++h)
+        for (int g = 0; g < G; ++g) {
+            float *total = partials.total(task.slot, query_head(h) + g);
+            *partials.maximum(task.slot, query_head(h) + g) =
+                soften(scores + (h * G + g) * piece, count, nothing, total);
+            std::fill_n(partials.sum(task.slot, query_head(h) + g), width, 0.0f);
+        }
+    constexpr int N = G == 1 ? 4 : G == 2 ? 4 : G <= 4 ? 2 : 1; // 2 G N sums in registers
+    constexpr int64_t together = 8; // tokens
+    for (int64_t j = 0; j < count; j += together) {
+        const int64_t tokens = std::min(together, count - j);
+        for (int64_t h = 0; h < heads; ++h) {
+            float *out = partials.sum(task.slot, query_head(h));
+            const float *weights = scores + h * G * piece + j;
+            const T *cache = p.v_cache + h * width;
+            int64_t d = 0;
+            for (; d + 32 * N <= width; d += 32 * N)
+                weigh_values<G, N>(out + d, weights, cache + d, offsets + j, tokens, width, ahead);
+            for (; d < width; d += 32) weigh_values<G, 1>(out + d, weights, cache + d, offsets + j, tokens, width, ahead);
+        }
+    }
+}
+
+template <class T> void run_piece(const Problem<T> &p, const Task &task, const Partials &partials) {
+    int64_t offsets[piece + max_ahead];
+    const int64_t count = task.end - task.begin, group = p.group();
+    p.locate(offsets, task.row, task.kv_head, task.begin, task.end);
+    std::fill_n(offsets + count, max_ahead, offsets[count - 1]); // so that a prefetch past the end stays inside
+    int64_t skip = 0;
+    auto take = [&](auto size) {
+        constexpr int G = decltype(size)::value;
+        for (; skip + G <= group; skip += G) attend_piece<G>(p, task, partials, offsets, skip);
+    };
+    take(std::integral_constant<int, 8>());
+    take(std::integral_constant<int, 4>());
+    take(std::integral_constant<int, 3>());
+    take(std::integral_constant<int, 2>());
+    take(std::integral_constant<int, 1>());
+}
+
+// The pieces of one row, in order, into its answer.
+template <class T>
+void merge_pieces(const Problem<T> &p, int64_t row, int64_t slot, int64_t count, const Partials &partials) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+        T *out = p.out + (p.query_start[row] * p.heads + head) * p.width;
+        float maximum = nothing, total = 0;
+        for (int64_t s = slot; s < slot + count; ++s) maximum = std::max(maximum, *partials.maximum(s, head));
+        float *merged = partials.sum(slot, head);
+        for (int64_t s = slot; s < slot + count; ++s) {
+            const float share = exp_fast(*partials.maximum(s, head) - maximum), *part = partials.sum(s, head);
+            total += share * *partials.total(s, head);
+            for (int64_t d = 0; d < p.width; ++d) merged[d] = (s == slot ? 0.0f : merged[d]) + share * part[d];
+        }
+        const v16 divisor = splat(total);
+        for (int64_t d = 0; d < p.width; d += 32) {
+            const Pair x = load32(merged + d);
+            store32(out + d, {x.first / divisor, x.second / divisor});
+        }
     }
 }
 
@@ -216,6 +273,14 @@ template <class T> void widen_row(float *to, const T *from, int64_t width, int64
     for (int64_t d = width; d < padded; ++d) to[d] = 0;
 }
 
+// Sixteen numbers, or the `left` that a head still has, then zeros.
+template <class T> v16 load_part(const T *from, int64_t left) {
+    if (left >= 16) return load16(from);
+    float some[16];
+    widen_row(some, from, left, 16);
+    return load16(some);
+}
+
 // One tile's working memory; `padded` is the head width rounded up to whole vectors, the rest zero.
 struct Tile {
     float *q, *out, *scores, *keys, *values, *maxima, *totals; // keys: [padded][tile_keys], values: [tile_keys][padded]
@@ -235,24 +300,20 @@ struct Tile {
 };
 
 template <class T>
-void load_keys(Tile &tile, const Problem<T> &p, int64_t row, int64_t kv_head, int64_t begin, int64_t end) {
-    for (int64_t j = 0; j < tile_keys; j += 16) {
-        alignas(64) float rows[16][16];
+void load_tile(Tile &tile, const Problem<T> &p, int64_t row, int64_t kv_head, int64_t begin, int64_t end) {
+    int64_t offsets[tile_keys];
+    p.locate(offsets, row, kv_head, begin, end);
+    const int64_t count = end - begin;
+    for (int64_t j = 0; j < count; ++j)
+        widen_row(tile.values + j * tile.padded, p.v_cache + offsets[j], p.width, tile.padded);
+    for (int64_t j = 0; j < count; j += 16)
         for (int64_t d = 0; d < tile.padded; d += 16) {
-            v16 square[16];
-            for (int64_t i = 0; i < 16; ++i) {
-                const int64_t token = begin + j + i;
-                if (token < end)
-                    widen_row(rows[i], p.at(p.k_cache, row, kv_head, token) + d, std::min<int64_t>(16, p.width - d), 16);
-                square[i] = token < end ? load16(rows[i]) : v16{};
-            }
+            v16 square[16] = {};
+            for (int64_t i = 0; i < std::min<int64_t>(16, count - j); ++i)
+                square[i] = load_part(p.k_cache + offsets[j + i] + d, p.width - d);
             transpose16(square);
             for (int64_t i = 0; i < 16; ++i) store16(tile.keys + (d + i) * tile_keys + j, square[i]);
         }
-    }
-    for (int64_t token = begin; token < end; ++token)
-        widen_row(tile.values + (token - begin) * tile.padded, p.at(p.v_cache, row, kv_head, token), p.width,
-                  tile.padded);
 }
 
 // Scores -> weights for one row of the tile whose token stands at `position`; rescales what the row gathered so far.
@@ -287,7 +348,7 @@ template <class T> void run_tile(const Problem<T> &p, const Task &task) {
     const int64_t last = before + task.end;
     for (int64_t begin = p.first_key(before + task.begin); begin < last; begin += tile_keys) {
         const int64_t count = std::min(tile_keys, last - begin), columns = (count + 15) / 16 * 16;
-        load_keys(tile, p, task.row, task.kv_head, begin, begin + count);
+        load_tile(tile, p, task.row, task.kv_head, begin, begin + count);
         multiply(tile.scores, tile_keys, tile.q, tile.padded, tile.keys, tile_keys, tile.rows, columns, tile.padded,
                  false);
         for (int64_t r = 0; r < tile.rows; ++r) soften_row(tile, r, p, before + task.begin + r / group, begin, count);
@@ -303,7 +364,7 @@ template <class T> void run_tile(const Problem<T> &p, const Task &task) {
 // ---- the batch ----
 
 struct Merge {
-    int64_t row, kv_head, slot, count;
+    int64_t row, slot, count;
 };
 
 struct Plan {
@@ -312,13 +373,16 @@ struct Plan {
     int64_t slots = 0;
 };
 
-template <class T> void plan_pieces(Plan &plan, const Problem<T> &p, int64_t row) {
+// split: how many tasks share a piece, each with some of the kv heads.
+template <class T> void plan_pieces(Plan &plan, const Problem<T> &p, int64_t row, int64_t split) {
     const int64_t end = p.seq_lens[row], begin = p.first_key(end - 1), count = (end - begin + piece - 1) / piece;
-    for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
-        plan.merges.push_back({row, kv_head, plan.slots, count});
-        for (int64_t low = begin; low < end; low += piece) {
-            const int64_t high = std::min(end, low + piece);
-            plan.tasks.push_back({row, kv_head, low, high, plan.slots++, double(high - low) * p.group()});
+    const int64_t step = (p.kv_heads + split - 1) / split;
+    plan.merges.push_back({row, plan.slots, count});
+    for (int64_t low = begin; low < end; low += piece, ++plan.slots) {
+        const int64_t high = std::min(end, low + piece);
+        for (int64_t head = 0; head < p.kv_heads; head += step) {
+            const int64_t heads = std::min(step, p.kv_heads - head);
+            plan.tasks.push_back({row, head, heads, low, high, plan.slots, double((high - low) * heads * p.group())});
         }
     }
 }
@@ -328,47 +392,45 @@ template <class T> void plan_tiles(Plan &plan, const Problem<T> &p, int64_t row)
     const int64_t step = std::max<int64_t>(1, tile_rows / p.group());
     for (int64_t begin = 0; begin < tokens; begin += step) {
         const int64_t end = std::min(tokens, begin + step);
-        const double cost = double(before + end - p.first_key(before + begin)) * double(end - begin) * p.group();
+        const double cost = double(before + end - p.first_key(before + begin)) * double((end - begin) * p.group());
         for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
-            plan.tasks.push_back({row, kv_head, begin, end, -1, cost});
+            plan.tasks.push_back({row, kv_head, 1, begin, end, -1, cost});
     }
 }
 
-template <class T> Plan plan_batch(const Problem<T> &p) {
+template <class T> Plan plan_batch(const Problem<T> &p, int64_t threads) {
     Plan plan;
+    // Whole tokens read best; a piece is shared between threads only where rows alone cannot keep them busy.
+    const int64_t split = std::min(p.kv_heads, std::max<int64_t>(1, 2 * threads / std::max<int64_t>(1, p.rows)));
     for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t tokens = p.query_start[row + 1] - p.query_start[row];
-        if (tokens == 1 && p.width % 16 == 0)
-            plan_pieces(plan, p, row);
+        if (tokens == 1 && p.width % 32 == 0)
+            plan_pieces(plan, p, row, threads > 1 ? split : 1);
         else if (tokens > 0)
             plan_tiles(plan, p, row);
     }
-    // Heaviest first, so that no thread is left with a long tile at the end.
+    // Heaviest first, so that no thread is left with a long task at the end.
     std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
                      [](const Task &a, const Task &b) { return a.cost > b.cost; });
     return plan;
 }
 
 template <class T> void attend(const Problem<T> &p, int64_t threads) {
-    const Plan plan = plan_batch(p);
-    const int64_t group = p.group(), slots = plan.slots;
-    float *memory = scratch<for_batch>(slots * group * (p.width + 2));
-    const Partials partials{memory, memory + slots * group * p.width, memory + slots * group * (p.width + 1), group,
-                            p.width};
-    const int64_t num_tasks = plan.tasks.size(), num_merges = plan.merges.size();
+    const Plan plan = plan_batch(p, threads);
+    const int64_t states = plan.slots * p.heads, num_tasks = plan.tasks.size(), num_merges = plan.merges.size();
+    float *memory = scratch<for_batch>(states * (p.width + 2));
+    const Partials partials{memory, memory + states * p.width, memory + states * (p.width + 1), p.heads, p.width};
 #pragma omp parallel num_threads(threads) if (threads > 1 && num_tasks > 1)
     {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < num_tasks; ++i)
-            if (plan.tasks[i].partial < 0)
+            if (plan.tasks[i].slot < 0)
                 run_tile(p, plan.tasks[i]);
             else
                 run_piece(p, plan.tasks[i], partials);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_merges; ++i) {
-            const Merge &merge = plan.merges[i];
-            merge_pieces(p, merge.row, merge.kv_head, merge.slot, merge.count, partials);
-        }
+        for (int64_t i = 0; i < num_merges; ++i)
+            merge_pieces(p, plan.merges[i].row, plan.merges[i].slot, plan.merges[i].count, partials);
     }
 }
 
