@@ -35,7 +35,7 @@ class Batch:
     positions: Tensor  # [T] int64
     query_start: Tensor  # [R+1] int32: row r owns tokens query_start[r] : query_start[r+1]
     seq_lens: Tensor  # [R] int32: context, this step's tokens included
-    logits_index: Tensor  # [N] int64: last token of each row that samples
+    logits_index: Tensor  # [N] int64: last token of each row that samples; when scoring, every token
     block_tables: tuple[Tensor, ...]  # per group [R, max_blocks] int32
     slot_mapping: tuple[Tensor, ...]  # per group [T] int64
     rows: list[Request]
@@ -104,12 +104,15 @@ class BatchBuilder:
         self.cache = cache
         self.tables = tables
         rows = tables[0].shape[0]
-        words = (2 + len(tables)) * max_num_batched_tokens + 4 * rows + sum(table.size for table in tables)
+        words = (3 + len(tables)) * max_num_batched_tokens + 4 * rows + sum(table.size for table in tables)
         pieces = 5 + 2 * len(tables)
         self.arena = Arena(8 * words + pieces * ALIGNMENT, torch.device(device))
 
-    def build(self, plan: Plan) -> Batch:
-        """One step's batch; the plan has at least one row and at most the tokens of the budget."""
+    def build(self, plan: Plan, *, scoring: bool = False) -> Batch:
+        """One step's batch; the plan has at least one row and at most the tokens of the budget.
+
+        scoring: logits are wanted at every token, not only where the next one is picked.
+        """
         rows, lens = plan.rows, np.array(plan.num_tokens, dtype=np.int64)
         starts = np.array([row.num_computed_tokens for row in rows], dtype=np.int64)
         ends = np.cumsum(lens)
@@ -124,7 +127,7 @@ class BatchBuilder:
             (positions, np.int64),
             (query_start, np.int32),
             (seq_lens, np.int32),
-            (ends[sampling] - 1, np.int64),
+            (np.arange(len(ids)) if scoring else ends[sampling] - 1, np.int64),
             *((table, np.int32) for table in self._tables_of(slots, int(seq_lens.max()))),
             *((mapping, np.int64) for mapping in self._slot_mapping(slots, lens, positions)),
         ]

@@ -54,7 +54,7 @@ class BlockPool:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            self._forget(block)
+            self.unname(block)
         self._owners[block] = 1
         return block
 
@@ -86,12 +86,8 @@ class BlockPool:
             self._hash_of[block] = block_hash
             self._block_of[block_hash] = block
 
-    def unname(self, block: int) -> bool:
-        """Nobody shall find the block again. True if its only owner is the caller."""
-        self._forget(block)
-        return self._owners[block] == 1
-
-    def _forget(self, block: int) -> None:
+    def unname(self, block: int) -> None:
+        """Nobody shall find the block again."""
         block_hash = self._hash_of[block]
         if block_hash is not None:
             self._hash_of[block] = None
@@ -193,7 +189,7 @@ class BlockManager:
         """Name the blocks that became full and computed, so that others find them."""
         full = request.num_computed_tokens // self.block_size
         slot = request.slot
-        if self._hasher is None or full <= self._named[slot]:
+        if self._hasher is None or not request.shares_prefix or full <= self._named[slot]:
             return
         self._hasher.extend(request.block_hashes, request.cache_salt, request.token_ids, full)
         for group, pool in enumerate(self.pools):
@@ -217,17 +213,12 @@ class BlockManager:
         request.slot = -1
         request.num_computed_tokens = 0
 
-    def disown(self, request: Request) -> list[list[int]]:
-        """Before `close`: make what a spoiled request holds unfindable; per group the blocks that only it holds."""
+    def disown(self, request: Request) -> None:
+        """Before `close`: nobody shall find what a spoiled request holds."""
         slot = request.slot
-        return [
-            [
-                block
-                for block in self.tables[group][slot, self._first[slot][group] : self._end[slot]].tolist()
-                if pool.unname(block)
-            ]
-            for group, pool in enumerate(self.pools)
-        ]
+        for group, pool in enumerate(self.pools):
+            for block in self.tables[group][slot, self._first[slot][group] : self._end[slot]].tolist():
+                pool.unname(block)
 
     def _leave_behind(self, request: Request) -> None:
         slot = request.slot
@@ -243,7 +234,7 @@ class BlockManager:
 
     def _find_prefix(self, request: Request) -> list[list[int | None]]:
         """Per group the cached blocks of the longest usable prefix (None where a window no longer needs one)."""
-        if self._hasher is None:
+        if self._hasher is None or not request.shares_prefix:
             return [[] for _ in self.pools]
         limit = (request.num_tokens - 1) // self.block_size
         self._hasher.extend(request.block_hashes, request.cache_salt, request.token_ids, limit)
@@ -267,7 +258,7 @@ class BlockManager:
         return True
 
     def _count_prefix(self, request: Request) -> None:
-        if self._hasher is not None:
+        if self._hasher is not None and request.shares_prefix:
             self.prefix_queries += request.num_tokens
             self.prefix_hits += request.num_computed_tokens
         if request.num_cached_tokens is None:

@@ -76,15 +76,12 @@ class Cache(Protocol):
         """Store k and v [T, kv, d] (None: another layer has stored them) and attend with q [T, h, d] -> [T, h, d]."""
         ...
 
-    def scrub(self, group: int, blocks: Sequence[int]) -> None:
-        """Zero the blocks: a NaN left behind would reach whoever gets them next."""
-        ...
-
 
 class KVCache:
     """Paged keys and values: for each layer K and V of [num_blocks, block_size, kv, d].
 
-    Block 0 of every group is the null block: tables point to it where a windowed row has let go of a block.
+    Block 0 of every group is the null block: tables point to it where a windowed row has let go of a block. Slots that
+    a row has not written hold whatever their last owner left, NaN included: attention never reads them.
     """
 
     def __init__(
@@ -122,12 +119,6 @@ class KVCache:
             max_query_len=batch.max_query_len,
         )
 
-    def scrub(self, group: int, blocks: Sequence[int]) -> None:
-        for keys, values, g in zip(self.keys, self.values, self.spec.group_of, strict=True):
-            if g == group:
-                keys[list(blocks)] = 0
-                values[list(blocks)] = 0
-
 
 class ContiguousCache(KVCache):
     """The same face with one block as long as the longest context: `paged_attn=False`.
@@ -146,9 +137,6 @@ class ContiguousCache(KVCache):
         device: torch.device | str,
     ) -> None:
         super().__init__(spec, [count - 1 for count in num_blocks], block_size, dtype=dtype, device=device)
-
-    def scrub(self, group: int, blocks: Sequence[int]) -> None:
-        super().scrub(group, [block - 1 for block in blocks])
 
     def attend(self, batch: Batch, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
         keys, values, group = self.keys[layer], self.values[layer], self.spec.group_of[layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -40,6 +41,8 @@ class Request:
     #: Tokens that end the text (end of sequence and stop_token_ids).
     end_token_ids: frozenset[int] = frozenset()
     output_token_ids: list[int] = field(default_factory=list)
+    #: False: computes every token itself and leaves nothing behind (scoring wants each position's logits).
+    shares_prefix: bool = True
 
     #: Prompt and output in one list: what the model has to have seen before the next token.
     token_ids: list[int] = field(init=False)
@@ -76,9 +79,18 @@ class Request:
         """The longest that prompt and output can become."""
         return self.num_prompt_tokens + self.max_tokens
 
+    def resume(self, token_ids: Sequence[int]) -> None:
+        """Before it runs: tokens of the answer that an earlier run has published."""
+        self.token_ids += token_ids
+        self.output_token_ids += token_ids
+
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
+
+    def end(self, reason: str) -> None:
+        self.status = Status.FINISHED
+        self.finish_reason = reason
 
     def end_by_tokens(self) -> str | None:
         """The finish reason that the tokens so far give: "stop", "length" or None."""

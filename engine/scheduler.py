@@ -127,8 +127,7 @@ class Scheduler:
             self._held[request.id].remove(request)
         if request.status is not Status.HELD:
             self._release(request.id)
-        request.status = Status.FINISHED
-        request.finish_reason = reason
+        request.end(reason)
 
     def _admit(self, before: Request | None) -> None:
         """Let newcomers run, in order, up to the place of `before`."""

@@ -1,0 +1,148 @@
+"""From a spec to a running engine: model, tokenizer, cache size, scheduler. The one place that wires them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from inferfleet.engine.admission import Admission
+from inferfleet.engine.blocks import BlockManager, GroupSize
+from inferfleet.engine.cache import ContiguousCache, KVCache
+from inferfleet.engine.engine import Engine
+from inferfleet.engine.errors import LoadError
+from inferfleet.engine.families import LoadedModel, load_model
+from inferfleet.engine.prefix import PrefixHasher
+from inferfleet.engine.sampler import Sampler
+from inferfleet.engine.scheduler import Scheduler
+from inferfleet.engine.sizing import (
+    DEFAULT_CONTEXT,
+    cache_budget,
+    cache_bytes,
+    free_memory,
+    group_sizes,
+    sizes_within,
+)
+from inferfleet.engine.text.prompt import PromptEncoder
+from inferfleet.engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """Which model to run and how. LoadError names a field outside its limits."""
+
+    #: A folder in the hub layout, or a hub id.
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    #: Tokens of prompt and answer together; None = what the checkpoint allows.
+    max_model_len: int | None = None
+    block_size: int = 16
+    #: Tokens that the cache holds; None = from the memory that is free.
+    kv_cache_tokens: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    paged_attn: bool = True
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "block_size", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineSpec:
+        """LoadError for an unknown field."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise LoadError(f"{unknown[0]} is not a setting of an engine", param=unknown[0])
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine and what belongs to its model: how chats become prompts, and the card that describes it."""
+
+    engine: Engine
+    prompts: PromptEncoder
+    card: dict[str, Any]
+
+
+def load_engine(spec: EngineSpec) -> Loaded:
+    """Load everything. Raises LoadError, a ModelError, TokenizerError or ChatTemplateError; each says what to do."""
+    loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    started = time.perf_counter()
+    prompts = PromptEncoder(loaded.folder)
+    engine, kv_cache_tokens = build_engine(loaded, prompts.tokenizer, spec)
+    seconds = dict(loaded.load_seconds) | {"engine": round(time.perf_counter() - started, 3)}
+    return Loaded(engine, prompts, _card(loaded, engine, kv_cache_tokens, seconds))
+
+
+def build_engine(loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec) -> tuple[Engine, int]:
+    """An engine around a loaded model, and how many tokens its cache holds."""
+    longest = _context(spec, loaded.config.max_positions)
+    # A contiguous cache is one whose blocks are as long as a context.
+    block_size = spec.block_size if spec.paged_attn else min(longest, spec.kv_cache_tokens or longest)
+    sizes = _cache_sizes(loaded, spec, block_size, longest)
+    counts = [size.num_blocks for size in sizes]
+    cache_class = KVCache if spec.paged_attn else ContiguousCache
+    cache = cache_class(loaded.model.cache_spec, counts, block_size, dtype=loaded.dtype, device=loaded.device)
+    hasher = PrefixHasher(_identity(loaded), block_size) if spec.prefix_caching and spec.paged_attn else None
+    blocks = BlockManager(sizes, block_size, max_num_seqs=spec.max_num_seqs, max_model_len=longest, hasher=hasher)
+    scheduler = Scheduler(blocks, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
+    ends = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
+    admission = Admission(loaded.config.vocab_size, min(longest, blocks.max_request_tokens), ends)
+    engine = Engine(loaded.model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device)
+    return engine, (max(counts) - 1) * block_size
+
+
+def _context(spec: EngineSpec, max_positions: int) -> int:
+    if spec.max_model_len is not None and spec.max_model_len > max_positions:
+        raise LoadError(
+            f"max_model_len {spec.max_model_len} is more than the {max_positions} positions of this model",
+            param="max_model_len",
+        )
+    return spec.max_model_len or max_positions
+
+
+def _cache_sizes(loaded: LoadedModel, spec: EngineSpec, block_size: int, longest: int) -> list[GroupSize]:
+    """Blocks of each group: for the tokens asked for, or for as many as seats and memory suggest."""
+    cache_spec, itemsize = loaded.model.cache_spec, loaded.dtype.itemsize
+    seats, chunk = spec.max_num_seqs, spec.max_num_batched_tokens
+    if spec.kv_cache_tokens is None:
+        # A CPU's memory is also for others: room for ordinary contexts in all seats, or for one of the longest.
+        seat = longest if loaded.device.type == "cuda" else min(longest, DEFAULT_CONTEXT)
+        wanted = max(longest, seats * seat)
+        budget = cache_budget(loaded.device)
+        return sizes_within(cache_spec, budget, wanted, block_size, itemsize, max_num_seqs=seats, max_batched=chunk)
+    sizes = group_sizes(cache_spec, spec.kv_cache_tokens, block_size, max_num_seqs=seats, max_num_batched_tokens=chunk)
+    needed, free = cache_bytes(cache_spec, sizes, block_size, itemsize), free_memory(loaded.device)
+    if needed > free:
+        raise LoadError(
+            f"a KV cache of {spec.kv_cache_tokens} tokens takes {needed / 2**20:.0f} MiB, but only"
+            f" {free / 2**20:.0f} MiB are free on {loaded.device}; set kv_cache_tokens lower",
+            param="kv_cache_tokens",
+        )
+    return sizes
+
+
+def _identity(loaded: LoadedModel) -> str:
+    """Names the weights and their number format: caches of two such models never meet."""
+    return f"{loaded.folder}@{loaded.commit}:{loaded.config.architecture}:{loaded.dtype}"
+
+
+def _card(loaded: LoadedModel, engine: Engine, kv_cache_tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "max_model_len": engine.admission.max_model_len,
+        "vocab_size": loaded.config.vocab_size,
+        "max_token_bytes": engine.tokenizer.max_token_bytes,
+        "family": loaded.family,
+        "architecture": loaded.config.architecture,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "kv_cache_tokens": kv_cache_tokens,
+        "load_seconds": dict(seconds),
+    }

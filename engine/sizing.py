@@ -1,0 +1,93 @@
+"""How many blocks a KV cache gets: from an asked number of tokens, or from the memory that is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from inferfleet.engine.blocks import GroupSize
+from inferfleet.engine.cache import CacheSpec
+from inferfleet.engine.errors import LoadError
+
+#: Without a wish, a CPU engine makes room for this much context in every seat ...
+DEFAULT_CONTEXT = 4096
+#: ... within so many bytes, and within this share of the memory that is free.
+CPU_CACHE_BYTES = 2 << 30
+CPU_SHARE = 0.5
+#: A GPU engine takes what the weights left, less a reserve for activations, graphs and the allocator's gaps.
+GPU_SHARE = 0.9
+GPU_RESERVE_BYTES = 1 << 30
+
+
+def group_sizes(
+    spec: CacheSpec, tokens: int, block_size: int, *, max_num_seqs: int, max_num_batched_tokens: int
+) -> list[GroupSize]:
+    """Blocks of each group for a cache of so many tokens, null blocks included.
+
+    A windowed group needs no more than what all seats can see at once plus one step's tokens: less than tokens.
+    """
+    full = -(-tokens // block_size)
+    sizes = []
+    for window in spec.windows:
+        blocks = full
+        if window is not None:
+            # Window and chunk may both begin and end inside a block, hence two more for a seat.
+            seen = max_num_seqs * (-(-window // block_size) + 2) + -(-max_num_batched_tokens // block_size)
+            blocks = min(full, seen)
+        sizes.append(GroupSize(window, blocks + 1))
+    return sizes
+
+
+def cache_bytes(spec: CacheSpec, sizes: Sequence[GroupSize], block_size: int, itemsize: int) -> int:
+    """Memory of all keys and values."""
+    return sum(
+        size.num_blocks * block_size * spec.elements_per_token(group) * itemsize for group, size in enumerate(sizes)
+    )
+
+
+def sizes_within(
+    spec: CacheSpec, budget: int, wanted: int, block_size: int, itemsize: int, *, max_num_seqs: int, max_batched: int
+) -> list[GroupSize]:
+    """The largest cache of up to wanted tokens that takes at most budget bytes; LoadError if there is none."""
+
+    def sizes(blocks: int) -> list[GroupSize]:
+        tokens = blocks * block_size
+        return group_sizes(spec, tokens, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_batched)
+
+    low, high = 0, -(-wanted // block_size)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = cache_bytes(spec, sizes(middle), block_size, itemsize) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        raise LoadError(
+            f"{budget / 2**20:.0f} MiB are left for the KV cache, which is less than {block_size} tokens take;"
+            " free memory, or set max_model_len or max_num_seqs lower"
+        )
+    return sizes(low)
+
+
+def cache_budget(device: torch.device) -> int:
+    """Bytes that a cache of our own choice may take on the device, once the model is loaded."""
+    if device.type == "cuda":
+        return max(0, int(free_memory(device) * GPU_SHARE) - GPU_RESERVE_BYTES)
+    return min(CPU_CACHE_BYTES, int(free_memory(device) * CPU_SHARE))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: the free pages alone, which is less
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
