@@ -8,6 +8,7 @@ Jobs wait while `paused` is set.
 
 import json
 import threading
+import uuid
 from typing import Any
 
 from inferfleet.tasks import errors
@@ -59,14 +60,12 @@ class HandWorker(threading.Thread):
         self.ledger.close()
 
     def run(self) -> None:
-        number = 0
         while True:
             self._rung.acquire()
             if self._stopping:
                 return
             while not self.paused:
-                number += 1
-                claim = self.ledger.claim(self.model, worker="hand", token=str(number), lease_ms=60_000)
+                claim = self.ledger.claim(self.model, worker="hand", token=uuid.uuid4().hex, lease_ms=60_000)
                 if claim is None:
                     break
                 carrier = threading.Thread(target=self._carry, args=(claim,), daemon=True)

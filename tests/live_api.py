@@ -1,6 +1,7 @@
 """The API as its users meet it: a real uvicorn on loopback in a thread, a real Redis, and a worker by hand."""
 
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,6 @@ from hand_worker import HandWorker
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.api.server import create_app, listen
-
-NAMESPACE = "api"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class LiveApi:
 def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
     """An API and a worker; `settings` go over the defaults."""
     logs.configure("warning", "json")
-    chosen = Settings(redis_url=redis_url, namespace=NAMESPACE, drain_grace_seconds=1, **settings)
-    worker = HandWorker(redis_url, NAMESPACE)
+    chosen = Settings(redis_url=redis_url, namespace=f"api-{uuid.uuid4().hex}", drain_grace_seconds=1, **settings)
+    worker = HandWorker(redis_url, chosen.namespace)
     worker.start()
     app = create_app(chosen, worker.ring)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
