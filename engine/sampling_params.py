@@ -82,9 +82,7 @@ class SamplingParams:
         _optional_integer("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
         _integer("n", self.n, 1, MAX_N)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens must be at most max_tokens = {self.max_tokens}, not {self.min_tokens}"
-            )
+            raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}, not {self.min_tokens}")
         # The only fields that arrive as mutable containers: own copies, so that "frozen" is true.
         object.__setattr__(self, "logit_bias", MappingProxyType(_checked_bias(self.logit_bias)))
         object.__setattr__(self, "stop", _checked_stop(self.stop))
@@ -114,7 +112,7 @@ class SamplingParams:
         values["logit_bias"] = {str(token): bias for token, bias in self.logit_bias.items()}
         values["stop"] = list(self.stop)
         values["stop_token_ids"] = list(self.stop_token_ids)
-        defaults = {"logit_bias": {}, "stop": [], "stop_token_ids": []} | {
+        defaults: dict[str, Any] = {"logit_bias": {}, "stop": [], "stop_token_ids": []} | {
             f.name: f.default for f in fields(self) if f.name not in ("logit_bias", "stop", "stop_token_ids")
         }
         return {name: value for name, value in values.items() if value != defaults[name]}
