@@ -3,7 +3,7 @@
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ class LiveApi:
     url: str
     worker: HandWorker
     settings: Settings
+    _clients: ExitStack
 
     def http(self, **kwargs: Any) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, trust_env=False, timeout=30, **kwargs)
 
     def sdk(self, *, api_key: str = "none", max_retries: int = 0, **kwargs: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=30, **kwargs)
+        url = f"{self.url}/v1"
+        client = openai.OpenAI(base_url=url, api_key=api_key, max_retries=max_retries, timeout=30, **kwargs)
+        return self._clients.enter_context(client)
 
 
 @contextmanager
@@ -45,7 +48,8 @@ def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             _wait_until_up(url)
-            yield LiveApi(url, worker, chosen)
+            with ExitStack() as clients:
+                yield LiveApi(url, worker, chosen, clients)
         finally:
             server.should_exit = True
             thread.join(timeout=15)

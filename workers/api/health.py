@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from inferfleet.tasks.errors import LedgerUnavailable
+from inferfleet.workers.api import openapi
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Use
@@ -18,7 +19,7 @@ async def health() -> Response:
     return json_response({"status": "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", openapi_extra=openapi.READY)
 async def ready(use: Use) -> Response:
     """200 while jobs can be accepted, 503 while the ledger (Redis) is away. Lists the models that are ready."""
     cards = await use.door.cards()
@@ -27,7 +28,7 @@ async def ready(use: Use) -> Response:
     return json_response({"status": "ready", "models": [name for name, card in cards.items() if _ready(card)]})
 
 
-@router.get("/v1/stats")
+@router.get("/v1/stats", openapi_extra=openapi.STATS)
 async def stats(tenant: Tenant, use: Use) -> Response:
     """Waiting and running jobs by model. `backlog` is their sum: scale on it, so that the last busy worker stays."""
     counted = await use.ledger.stats()
@@ -41,7 +42,7 @@ async def stats(tenant: Tenant, use: Use) -> Response:
     return json_response({"object": "stats", "models": models, "total": total, "workers": len(workers)})
 
 
-@router.get("/metrics")
+@router.get("/metrics", openapi_extra=openapi.METRICS)
 async def metrics(tenant: Tenant, use: Use) -> Response:
     """Prometheus exposition of this process and of the queues, read from the ledger now."""
     try:

@@ -163,4 +163,7 @@ EVENTS = answers(
 )  # fmt: skip
 DELETE_JOB = answers({"200": {"description": "gone"}}, 404, 409)
 LIST_MODELS = answers({"200": answer("the models", ModelList)})
+READY = {"responses": {"200": {"description": "ready"}, "503": answer("the ledger (Redis) is away", ErrorAnswer)}}
+STATS = answers({"200": {"description": "waiting, running, backlog and oldest_age_s by model"}})
+METRICS = answers({"200": answer("Prometheus text", media="text/plain")})
 GET_MODEL = answers({"200": answer("the model", ModelCard)}, 404)
