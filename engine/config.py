@@ -133,7 +133,12 @@ def read_config(folder: Path) -> ModelConfig:
 def text_section(raw: Mapping[str, Any]) -> Fields:
     """The language model's own part of a config.json: `text_config` of a multimodal model, else the whole."""
     nested = raw.get("text_config")
-    return Fields(nested, "config.json: text_config") if isinstance(nested, Mapping) else Fields(raw)
+    if not isinstance(nested, Mapping):
+        return Fields(raw)
+    # The head belongs to the whole model, so the outer word on tying it counts.
+    tied = raw.get("tie_word_embeddings")
+    outer = {} if tied is None else {"tie_word_embeddings": tied}
+    return Fields({**nested, **outer}, "config.json: text_config")
 
 
 def refuse_foreign(fields: Fields) -> None:

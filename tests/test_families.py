@@ -1,0 +1,143 @@
+"""The registered families at their published sizes, without any weights: how much they hold, and what a token costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inferfleet.engine.families import find_family
+from inferfleet.engine.layers.slots import all_slots
+
+S, F = "sliding_attention", "full_attention"
+GEMMA = {
+    "vocab_size": 262_144,
+    "vocab_size_per_layer_input": 262_144,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "max_position_embeddings": 131_072,
+    "hidden_size_per_layer_input": 0,
+}
+QWEN = {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 40_960}
+
+
+def sizes(hidden, wide, layers, heads, kv_heads, **others):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {**dict(zip(names, (hidden, wide, layers, heads, kv_heads), strict=True)), **others}
+
+
+LARGE = {"attention_k_eq_v": True, "sliding_window": 1024}
+#: name -> (architecture, config, billions of weights of the text model, {window or None: KV bytes a token in bfloat16})
+PUBLISHED = {
+    "Gemma 4 E2B": (
+        "Gemma4ForConditionalGeneration",
+        GEMMA
+        | sizes(1536, 6144, 35, 8, 1, layer_types=[S, S, S, S, F] * 7, num_kv_shared_layers=20, sliding_window=512)
+        | {"use_double_wide_mlp": True, "hidden_size_per_layer_input": 256},
+        4.63,
+        {512: 12 * 1024, None: 6 * 1024},
+    ),
+    "Gemma 4 E4B": (
+        "Gemma4ForConditionalGeneration",
+        GEMMA
+        | sizes(2560, 10_240, 42, 8, 2, num_kv_shared_layers=18, sliding_window=512)
+        | {"hidden_size_per_layer_input": 256},
+        7.46,
+        {512: 20 * 2048, None: 16 * 1024},
+    ),
+    "Gemma 4 31B": (
+        "Gemma4ForConditionalGeneration",
+        GEMMA | LARGE | sizes(5376, 21_504, 60, 32, 16, num_global_key_value_heads=4),
+        30.7,
+        {1024: 50 * 16_384, None: 80 * 1024},
+    ),
+    "Gemma 4 26B-A4B": (
+        "Gemma4ForConditionalGeneration",
+        GEMMA
+        | LARGE
+        | sizes(2816, 2112, 30, 16, 8, num_global_key_value_heads=2)
+        | {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+        25.2,
+        {1024: 25 * 8192, None: 20 * 1024},
+    ),
+    "Qwen3 0.6B": (
+        "Qwen3ForCausalLM",
+        QWEN | sizes(1024, 3072, 28, 16, 8, tie_word_embeddings=True),
+        0.596,
+        {None: 112 * 1024},
+    ),
+    "Qwen3 8B": ("Qwen3ForCausalLM", QWEN | sizes(4096, 12_288, 36, 32, 8), 8.19, {None: 144 * 1024}),
+    "Qwen3 30B-A3B": (
+        "Qwen3MoeForCausalLM",
+        QWEN | sizes(2048, 6144, 48, 32, 4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
+        30.5,
+        {None: 96 * 1024},
+    ),
+}
+
+
+def build(name):
+    architecture, config, *_ = PUBLISHED[name]
+    whole = {"text_config": config} if "Conditional" in architecture else config
+    return find_family(architecture)[1](whole, dtype=torch.bfloat16, device=torch.device("meta"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size_holds_as_many_weights_and_costs_as_much_cache_as_it_should(name):
+    # Given a published configuration, when its model is built without memory,
+    model = build(name)
+    billions, cache = PUBLISHED[name][2:]
+    # then it has the published number of weights,
+    held = sum(view.numel() for view in all_slots(model).views.values())
+    assert held / 1e9 == pytest.approx(billions, rel=2e-3)
+    # and a token costs the bytes that its layers store, in the windowed and in the unbounded part.
+    spec = model.cache_spec
+    assert {window: 2 * spec.elements_per_token(group) for group, window in enumerate(spec.windows)} == cache
+
+
+#: A few published tensors of each kind of layer, with their shapes.
+TENSORS = {
+    "Gemma 4 E2B": {
+        "layers.13.self_attn.k_proj.weight": [256, 1536],
+        "layers.14.self_attn.v_proj.weight": [512, 1536],
+        "layers.14.mlp.gate_proj.weight": [6144, 1536],
+        "layers.15.mlp.gate_proj.weight": [12_288, 1536],
+        "layers.15.per_layer_input_gate.weight": [256, 1536],
+        "layers.15.layer_scalar": [1],
+        "layers.34.self_attn.q_norm.weight": [512],
+        "embed_tokens_per_layer.weight": [262_144, 35 * 256],
+        "per_layer_model_projection.weight": [35 * 256, 1536],
+        "per_layer_projection_norm.weight": [256],
+    },
+    "Gemma 4 31B": {
+        "layers.4.self_attn.k_proj.weight": [16 * 256, 5376],
+        "layers.4.self_attn.v_proj.weight": [16 * 256, 5376],
+        "layers.5.self_attn.q_proj.weight": [32 * 512, 5376],
+        "layers.5.self_attn.k_proj.weight": [4 * 512, 5376],
+    },
+    "Gemma 4 26B-A4B": {
+        "layers.0.router.proj.weight": [128, 2816],
+        "layers.0.router.scale": [2816],
+        "layers.0.router.per_expert_scale": [128],
+        "layers.0.experts.gate_up_proj": [128, 2 * 704, 2816],
+        "layers.0.experts.down_proj": [128, 2816, 704],
+        "layers.0.post_feedforward_layernorm_1.weight": [2816],
+        "layers.0.pre_feedforward_layernorm_2.weight": [2816],
+    },
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_published_tensor_names_and_shapes_have_their_places(name):
+    slots = build(name)
+    found = all_slots(slots).named(slots._checkpoint_name)
+    places = {**found.views, **{stack: view for stack, (view, _) in found.stacks.items()}}
+    wanted = {f"model.language_model.{tensor}": shape for tensor, shape in TENSORS[name].items()}
+    assert {tensor: list(places[tensor].shape) for tensor in wanted} == wanted
+
+
+def test_layers_that_share_or_derive_have_no_place_for_what_they_do_not_own():
+    shared, derived = build("Gemma 4 E2B"), build("Gemma 4 31B")
+    assert not {f"layers.15.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")} & set(
+        all_slots(shared).views
+    )
+    assert "layers.5.self_attn.v_proj.weight" not in all_slots(derived).views
