@@ -44,15 +44,16 @@ def edited(logits: Tensor, rows: Sequence[RowState]) -> Iterator[None]:
 
 def _penalise(logits: Tensor, rows: Sequence[RowState]) -> tuple[Place, Tensor] | None:
     """Repetition as Hugging Face's (prompt and output), the others as OpenAI's (output only)."""
-    some = [(number, row.params, counts) for number, row in enumerate(rows) if (counts := row.counts) is not None]
+    size = logits.shape[1]
+    some = [(number, row.params, *seen.below(size)) for number, row in enumerate(rows) if (seen := row.counts)]
     if not some:
         return None
-    place = _place(logits, [number for number, _, _ in some], [counts.ids for _, _, counts in some])
-    penalties = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _ in some]
-    sizes = [len(counts.ids) for _, _, counts in some]
+    place = _place(logits, [number for number, *_ in some], [ids for *_, ids, _ in some])
+    penalties = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, *_ in some]
+    sizes = [len(ids) for *_, ids, _ in some]
     columns = np.repeat(np.array(penalties, dtype=np.float32), sizes, axis=0)
     repetition, frequency, presence = _to(logits, columns).unbind(1)
-    times = _to(logits, np.concatenate([counts.counts for _, _, counts in some]))
+    times = _to(logits, np.concatenate([counts for *_, counts in some]))
     values = logits[place]
     values = torch.where(values < 0, values * repetition, values / repetition)
     values = values - frequency * times - presence * (times > 0)

@@ -48,7 +48,7 @@ class _Columns:
     top_k: Tensor  # int64, V where there is none
     top_p: Tensor  # float64
     min_p: Tensor  # float32
-    #: float64: 1 where neither min_p nor top_k narrows the distribution before top_p.
+    #: bool: neither min_p nor top_k narrows the distribution before top_p.
     whole: Tensor
 
     @classmethod
@@ -60,7 +60,7 @@ class _Columns:
             column([min(limit.top_k, size) or size for limit in limits], torch.int64),
             column([limit.top_p for limit in limits], torch.float64),
             column([limit.min_p for limit in limits], torch.float32),
-            column([limit.top_k == 0 and limit.min_p == 0.0 for limit in limits], torch.bool),
+            column([limit.min_p == 0.0 and not 0 < limit.top_k < size for limit in limits], torch.bool),
         )
 
     def __getitem__(self, rows: Tensor) -> _Columns:

@@ -24,15 +24,15 @@ class TokenCounts:
         self._ids = np.concatenate([ids, unseen])
         self._counts = np.concatenate([counts, np.zeros(len(unseen))]).astype(np.float32)
         self._size = len(self._ids)
+        self._largest = int(self._ids.max(initial=-1))
         self._slot = {token: slot for slot, token in enumerate(self._ids.tolist())}
 
-    @property
-    def ids(self) -> Ids:
-        return self._ids[: self._size]
-
-    @property
-    def counts(self) -> Values:
-        return self._counts[: self._size]
+    def below(self, size: int) -> tuple[Ids, Values]:
+        """(ids, counts) of the tokens that a model with `size` logits can pick; a prompt may hold others (media)."""
+        ids, counts = self._ids[: self._size], self._counts[: self._size]
+        if self._largest < size:
+            return ids, counts
+        return ids[ids < size], counts[ids < size]
 
     def add(self, token: int) -> None:
         """One more token of the output."""
@@ -47,6 +47,7 @@ class TokenCounts:
             self._ids = np.concatenate([self._ids, np.zeros(room, dtype=np.int64)])
             self._counts = np.concatenate([self._counts, np.zeros(room, dtype=np.float32)])
         self._ids[self._size] = token
+        self._largest = max(self._largest, token)
         self._size += 1
 
 
