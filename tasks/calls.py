@@ -392,11 +392,12 @@ def events(
     job_id: str, tenant: str | None = None, *, after: int = -1, count: int = EVENTS_PER_READ
 ) -> Call[list[Event]]:
     """The events with a number above `after`, oldest first, at most `count`."""
+    return Call("events", (job_id, opt(tenant), after, count), lambda answer: read_log(answer)[1])
 
-    def parse(answer: list[Any] | None) -> list[Event]:
-        return read_log(answer)[1]
 
-    return Call("events", (job_id, opt(tenant), after, count), parse)
+def log(job_id: str, tenant: str | None = None, *, after: int = -1) -> Call[tuple[str, list[Event]]]:
+    """The job's state and, read in the same moment, its events: when it has ended and none is left, none will come."""
+    return Call("events", (job_id, opt(tenant), after, EVENTS_PER_READ), read_log)
 
 
 def read_log(answer: list[Any] | None) -> tuple[str, list[Event]]:
@@ -412,22 +413,23 @@ def event(entry: Sequence[Any]) -> Event:
 
 
 def wait_events(
-    job_id: str,
-    tenant: str | None = None,
-    *,
-    after: int = -1,
-    count: int = EVENTS_PER_READ,
-    block_ms: int = MAX_BLOCK_MS,
+    job_id: str, tenant: str | None = None, *, after: int = -1, block_ms: int = MAX_BLOCK_MS
 ) -> Steps[list[Event]]:
     """Like `events`, but waits on the server for the next one. Empty when nothing came in block_ms, or none can."""
-    answer = yield Call("events", (job_id, opt(tenant), after, count), read_log)
-    state, found = answer
+    state, found = yield log(job_id, tenant, after=after)
     if found or state in names.TERMINAL:
         return found
-    wait = max(1, min(block_ms, MAX_BLOCK_MS))
-    key = f"events:{job_id}"
-    args = ("XREAD", "COUNT", count, "BLOCK", wait, "STREAMS", Key(key), f"{after + 1}-0")
-    return (yield Call("", args, parse_stream))
+    return (yield next_events(job_id, after=after, block_ms=block_ms))
+
+
+def next_events(
+    job_id: str, *, after: int, count: int = EVENTS_PER_READ, block_ms: int = MAX_BLOCK_MS
+) -> Call[list[Event]]:
+    """Wait on the server for events after a number. For whoever may see the job: it asks for no tenant. Empty when
+    nothing came in block_ms, also for a job that was deleted or has ended."""
+    block = max(1, min(block_ms, MAX_BLOCK_MS))
+    args = ("XREAD", "COUNT", count, "BLOCK", block, "STREAMS", Key(f"events:{job_id}"), f"{after + 1}-0")
+    return Call("", args, parse_stream)
 
 
 class Key(str):

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from inferfleet.tasks import names
+from inferfleet.tasks.errors import NotTerminal, from_dict
 from inferfleet.tasks.records import JobRecord
 
 
@@ -102,6 +103,19 @@ class Job(BaseModel):
     @property
     def terminal(self) -> bool:
         return self.status in names.TERMINAL
+
+    def result(self) -> dict[str, Any]:
+        """The chat completion. Raises the job's error, or NotTerminal while it is not done."""
+        if self.response is not None:
+            return self.response.body
+        if self.error is not None:
+            raise from_dict(self.error.model_dump())
+        raise NotTerminal(f"the job is {self.status}")
+
+    @property
+    def text(self) -> str:
+        """The first answer's text. Raises like `result`."""
+        return str(self.result()["choices"][0]["message"]["content"])
 
 
 def to_job_object(

@@ -1,0 +1,306 @@
+"""The producer's face: submit jobs and follow them, straight through Redis. Loads no torch, and Celery only to ring.
+
+What a method does is written once, as a generator of steps (`_submit`, `_wait`, ...). Client and AsyncClient only
+carry the steps, in a thread or in an event loop.
+"""
+
+import asyncio
+import functools
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from inferfleet.tasks import calls, names, roster
+from inferfleet.tasks.calls import Call
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, body_hash, check_card, parse_job
+from inferfleet.tasks.doorbell import Doorbell
+from inferfleet.tasks.errors import InvalidRequest, ModelNotFound
+from inferfleet.tasks.job_object import Job, to_job_object
+from inferfleet.tasks.ledger import AsyncLedger, Ledger
+from inferfleet.tasks.records import Event, JobRecord
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A step that rings for a model instead of asking the ledger."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class JobList:
+    """One page, newest first. The next page is that after the last job's id."""
+
+    jobs: list[Job]
+    has_more: bool
+
+
+Errand = Generator[Call[Any] | Ring, Any, T]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the tenant, and what may be submitted beside the models that workers announce."""
+
+    tenant: str = "default"
+    models: frozenset[str] = frozenset()
+    max_queued: int = 10_000
+
+
+def as_job(request: JobRequest | ChatCompletionRequest | Mapping[str, Any]) -> JobRequest:
+    """A job, a chat body, or either as JSON values. Checked exactly as the HTTP API checks bytes."""
+    if isinstance(request, JobRequest):
+        return request
+    if isinstance(request, ChatCompletionRequest):
+        return JobRequest.from_chat(request)
+    values = request if "body" in request else {"body": request}
+    try:
+        return parse_job(json.dumps(values, allow_nan=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the request is not JSON: {error}") from None
+
+
+def _submit(
+    caller: Caller,
+    request: JobRequest | ChatCompletionRequest | Mapping[str, Any],
+    *,
+    wait: bool = False,
+    timeout: float | None = None,
+    idempotency_key: str | None = None,
+) -> Errand[Job]:
+    """Accept a job and ring for it; with `wait`, come back when it has ended. A call that raised LedgerUnavailable
+    may be repeated without doubling the job if it carried an idempotency_key."""
+    job = as_job(request)
+    model = job.body.model
+    cards = yield roster.cards()
+    if model in cards:
+        check_card(job.body, cards[model])
+    elif model not in caller.models:
+        raise ModelNotFound(f"no worker serves {model!r}", param="model")
+    envelope = job.envelope()
+    submitted = yield calls.submit(
+        names.new_job_id(),
+        envelope,
+        model=model,
+        tenant=caller.tenant,
+        body_hash=body_hash(envelope),
+        priority=job.effective_priority,
+        deadline_ms=job.deadline_ms,
+        start_timeout_ms=job.start_timeout_ms,
+        idempotency_key=idempotency_key,
+        max_queued=caller.max_queued,
+        custom_id=job.custom_id,
+        endpoint=job.url,
+        metadata=job.labels,
+    )
+    if submitted.queued:
+        yield Ring(model)
+    if wait:
+        return (yield from _wait(caller, submitted.job_id, timeout))
+    return (yield from _get(caller, submitted.job_id))
+
+
+def _get(caller: Caller, job_id: str) -> Errand[Job]:
+    """A job as it is now."""
+    record = yield calls.get(job_id, caller.tenant)
+    return to_job_object(record)
+
+
+def _wait(caller: Caller, job_id: str, timeout: float | None = None) -> Errand[Job]:
+    """A job that has ended. TimeoutError after `timeout` seconds; the job goes on then."""
+    give_up = None if timeout is None else time.monotonic() + timeout
+    after = -1
+    record: JobRecord = yield calls.get(job_id, caller.tenant)
+    while not record.terminal:
+        left = calls.MAX_BLOCK_MS if give_up is None else round(1000 * (give_up - time.monotonic()))
+        if left <= 0:
+            raise TimeoutError(f"{job_id} is {record.state} after {timeout} s")
+        found = yield calls.next_events(job_id, after=after, block_ms=left)
+        after = found[-1]["sequence_number"] if found else after
+        # A silent job is asked again too: it may have been deleted, or queued anew under higher numbers.
+        if not found or names.is_terminal_event(found[-1]["type"]):
+            record = yield calls.get(job_id, caller.tenant)
+    return to_job_object(record)
+
+
+def _events(caller: Caller, job_id: str, after: int) -> Errand[list[Event] | None]:
+    """The next events of a job, waiting for them a while: empty when nothing came, None when nothing will."""
+    state, found = yield calls.log(job_id, caller.tenant, after=after)
+    if found:
+        return found
+    if state in names.TERMINAL:
+        return None
+    return (yield calls.next_events(job_id, after=after))
+
+
+def _cancel(caller: Caller, job_id: str) -> Errand[Job]:
+    """Stop a job: at once if it waits, at its next step if it runs. AlreadyTerminal if it ended otherwise."""
+    yield calls.cancel(job_id, caller.tenant)
+    return (yield from _get(caller, job_id))
+
+
+def _retry(caller: Caller, job_id: str) -> Errand[Job]:
+    """Queue a failed, cancelled, expired or incomplete job again."""
+    yield calls.retry(job_id, caller.tenant)
+    job = yield from _get(caller, job_id)
+    yield Ring(job.model)
+    return job
+
+
+def _delete(caller: Caller, job_id: str) -> Errand[None]:
+    """Forget an ended job now, before its time to live is over."""
+    yield calls.delete(job_id, caller.tenant)
+
+
+def _list(
+    caller: Caller,
+    status: str | None = None,
+    model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    after: str | None = None,
+    limit: int = 20,
+) -> Errand[JobList]:
+    """The tenant's jobs, newest first, without response bodies."""
+    page = yield from calls.list_jobs(caller.tenant, status, model, metadata, after, limit)
+    return JobList([to_job_object(record) for record in page.jobs], page.has_more)
+
+
+def _models(caller: Caller) -> Errand[dict[str, roster.Card]]:
+    """model -> card, for every model that a worker serves now."""
+    return (yield roster.cards())
+
+
+def errand(plan: Callable[Concatenate[Caller, P], Errand[T]]) -> Callable[Concatenate["Client", P], T]:
+    """A method of the sync client."""
+
+    @functools.wraps(plan)
+    def method(client: "Client", *args: P.args, **kwargs: P.kwargs) -> T:
+        return client._run(plan(client.caller, *args, **kwargs))
+
+    return method
+
+
+def async_errand(
+    plan: Callable[Concatenate[Caller, P], Errand[T]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+    """The same for the async client."""
+
+    @functools.wraps(plan)
+    async def method(client: "AsyncClient", *args: P.args, **kwargs: P.kwargs) -> T:
+        return await client._run(plan(client.caller, *args, **kwargs))
+
+    return method
+
+
+class Face:
+    """What both clients hold. `models` may be submitted though no worker announces them yet."""
+
+    def __init__(
+        self,
+        redis_url: str = DEFAULT_URL,
+        namespace: str = "inferfleet",
+        *,
+        tenant: str = "default",
+        models: Iterable[str] = (),
+        max_queued: int = 10_000,
+    ) -> None:
+        self.caller = Caller(tenant, frozenset(models), max_queued)
+        self._bell = Doorbell(redis_url)
+        self._open(redis_url, namespace)
+
+    def _open(self, redis_url: str, namespace: str) -> None:
+        raise NotImplementedError
+
+
+class Client(Face):
+    """Submits and follows jobs from threads."""
+
+    def _open(self, redis_url: str, namespace: str) -> None:
+        self._ledger = Ledger.from_url(redis_url, namespace)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bell.close()
+        self._ledger.close()
+
+    def _run(self, steps: Errand[T]) -> T:
+        answer: Any = None
+        try:
+            while True:
+                step = steps.send(answer)
+                answer = self._bell.ring(step.model) if isinstance(step, Ring) else self._ledger.run(step)
+        except StopIteration as stop:
+            return stop.value
+
+    def stream(self, job_id: str, after: int = -1) -> Iterator[Event]:
+        """A job's events as they come, those with a number above `after`, up to the one that ends it."""
+        while (found := self._run(_events(self.caller, job_id, after))) is not None:
+            for event in found:
+                yield event
+                after = event["sequence_number"]
+
+    submit = errand(_submit)
+    get = errand(_get)
+    wait = errand(_wait)
+    cancel = errand(_cancel)
+    retry = errand(_retry)
+    delete = errand(_delete)
+    list = errand(_list)
+    models = errand(_models)
+
+
+class AsyncClient(Face):
+    """Submits and follows jobs from one event loop."""
+
+    def _open(self, redis_url: str, namespace: str) -> None:
+        self._ledger = AsyncLedger.from_url(redis_url, namespace)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._bell.close)
+        await self._ledger.close()
+
+    async def _run(self, steps: Errand[T]) -> T:
+        answer: Any = None
+        try:
+            while True:
+                step = steps.send(answer)
+                if isinstance(step, Ring):
+                    answer = await asyncio.to_thread(self._bell.ring, step.model)
+                else:
+                    answer = await self._ledger.run(step)
+        except StopIteration as stop:
+            return stop.value
+
+    async def stream(self, job_id: str, after: int = -1) -> AsyncIterator[Event]:
+        """A job's events as they come, those with a number above `after`, up to the one that ends it."""
+        while (found := await self._run(_events(self.caller, job_id, after))) is not None:
+            for event in found:
+                yield event
+                after = event["sequence_number"]
+
+    submit = async_errand(_submit)
+    get = async_errand(_get)
+    wait = async_errand(_wait)
+    cancel = async_errand(_cancel)
+    retry = async_errand(_retry)
+    delete = async_errand(_delete)
+    list = async_errand(_list)
+    models = async_errand(_models)

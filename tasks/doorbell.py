@@ -1,0 +1,68 @@
+"""Rings for jobs: puts turns on a model's Celery queue. Loads Celery at the first ring, not before.
+
+A turn only says "somebody, carry one job of this model". A lost ring costs a second, until the sweeper rings again; a
+doubled one costs nothing. So a ring that fails is reported and never raised.
+"""
+
+import functools
+import threading
+from typing import TYPE_CHECKING
+
+from inferfleet.tasks import names
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+#: Seconds that one connection attempt may take: whoever submits should not wait for a broker that is away.
+CONNECT_TIMEOUT = 2.0
+
+
+class Doorbell:
+    """A JSON-only Celery producer without a result backend. Threads may share it."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis_url = redis_url
+        self._lock = threading.Lock()
+
+    def ring(self, model: str, times: int = 1) -> bool:
+        """Ask that somebody carry `times` jobs of a model. False when the broker could not be told."""
+        with self._lock:  # two first rings would make two apps
+            app = self._app
+        from kombu.exceptions import OperationalError
+        from redis.exceptions import RedisError
+
+        try:
+            with app.producer_pool.acquire(block=True) as producer:
+                for _ in range(times):
+                    app.send_task(
+                        names.TURN_TASK,
+                        args=[model],
+                        queue=names.turn_queue(model),
+                        producer=producer,
+                        ignore_result=True,
+                        retry=False,
+                    )
+        except (OperationalError, RedisError, OSError):
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the broker's connections back."""
+        with self._lock:
+            app = self.__dict__.pop("_app", None)
+        if app is not None:
+            app.close()
+
+    @functools.cached_property
+    def _app(self) -> "Celery":
+        from celery import Celery
+
+        app = Celery("inferfleet.doorbell", broker=self._redis_url, set_as_current=False)
+        app.conf.update(
+            accept_content=["json"],
+            task_serializer="json",
+            result_backend=None,
+            broker_connection_timeout=CONNECT_TIMEOUT,
+            broker_transport_options={"socket_connect_timeout": CONNECT_TIMEOUT, "socket_timeout": CONNECT_TIMEOUT},
+        )
+        return app
