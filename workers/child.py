@@ -1,0 +1,147 @@
+"""One engine process: how it is started, spoken to and ended. Knows the wire, not what a job is.
+
+The wire is a socketpair with one JSON document a message (no pickle, so nothing that comes out of a broken engine can
+run code here). End of file means that the other side died; both sides take it as "go away".
+"""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+Message = dict[str, Any]
+
+#: How the real engine is started; tests put a scripted one in its place.
+ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "inferfleet.engine.process")
+
+_STOP_SECONDS = 5.0
+
+
+class EngineGone(Exception):
+    """The engine process ended or closed its side of the wire."""
+
+
+class LoadRefused(Exception):
+    """The engine process says that it cannot load the model; starting it again would not help."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        self.message = message
+        super().__init__(message)
+
+
+class EngineChild:
+    """A running engine process. `add`, `cancel`, `kill` and `stop` may be called from any thread and never wait for
+    the engine to read: a thread of its own writes, because a hung engine stops reading and must hang nobody else.
+    `receive` is for one thread."""
+
+    def __init__(self, process: subprocess.Popen[bytes], wire: Connection) -> None:
+        self._process = process
+        self._wire = wire
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name=f"engine-{process.pid}-writer", daemon=True).start()
+
+    @classmethod
+    def start(cls, command: Sequence[str], device: str) -> tuple["EngineChild", str]:
+        """Start `command --fd N`, pinned to `device`; returns the child and the device's name inside it."""
+        ours, theirs = socket.socketpair()
+        env, inner_device = pinned(device, os.environ)
+        with theirs:
+            process = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=env,
+                # Own group: Ctrl-C at a terminal reaches the worker, which drains; the engine must outlive it.
+                process_group=0,
+            )
+        return cls(process, Connection(ours.detach())), inner_device
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(self, model: str, spec: Mapping[str, Any]) -> Message:
+        """Load a model and wait for it; returns the card. Raises LoadRefused, EngineGone."""
+        self._send({"op": "load", "model": model, "spec": dict(spec)})
+        for message in self.receive():
+            if message["op"] == "ready":
+                return dict(message["card"])
+            if message["op"] == "failed":
+                raise LoadRefused(str(message["code"]), str(message["message"]))
+        raise EngineGone(self.last_words())
+
+    def add(self, request: Mapping[str, Any]) -> None:
+        """Hand over one request. An engine that is gone never answers: `receive` ends, which says it for all."""
+        self._send({"op": "add", **request})
+
+    def cancel(self, request_id: str) -> None:
+        """Ask to stop a request at the next step."""
+        self._send({"op": "cancel", "id": request_id})
+
+    def receive(self) -> Iterator[Message]:
+        """Messages until the other side is gone, or says what is not JSON: then it is as good as gone."""
+        while True:
+            try:
+                message = json.loads(self._wire.recv_bytes())
+            except (EOFError, OSError):
+                break
+            except ValueError:
+                self.kill()
+                break
+            yield message
+        self._wire.close()
+
+    def kill(self) -> None:
+        """SIGKILL: works on a stopped and on a hung process too. `receive` then ends."""
+        self._process.kill()
+
+    def stop(self) -> None:
+        """Ask politely, then insist."""
+        self._send({"op": "stop"})
+        self.reap()
+
+    def reap(self) -> None:
+        """Take leave of a process that is dead or about to be; one that closed the wire and lives on is killed,
+        for it may hold the device's memory."""
+        self._outbox.put(None)
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+
+    def last_words(self) -> str:
+        """How the process ended, for logs and error messages."""
+        self.reap()
+        code = self._process.returncode
+        if code < 0:
+            return f"the engine process was ended by {signal.Signals(-code).name}"
+        return f"the engine process exited with status {code}"
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        self._outbox.put(json.dumps(message, separators=(",", ":")).encode())
+
+    def _write(self) -> None:
+        while (data := self._outbox.get()) is not None:
+            try:
+                self._wire.send_bytes(data)
+            except OSError:
+                return
+
+
+def pinned(device: str, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The child's environment and its name for `device`: a child told "cuda:1" sees one device, its cuda:0."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return dict(env), device
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    chosen = visible.split(",")[int(index)] if visible else index
+    return {**env, "CUDA_VISIBLE_DEVICES": chosen}, "cuda:0"

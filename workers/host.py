@@ -1,0 +1,56 @@
+"""The models of one worker, each in an engine process of its own. Knows no Redis, no Celery."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from inferfleet.tasks.settings import ModelSpec
+from inferfleet.workers.child import ENGINE_COMMAND
+from inferfleet.workers.flight import Flight
+from inferfleet.workers.publisher import Publisher
+from inferfleet.workers.resident import Resident
+
+#: What of a model's settings the engine process needs; the rest is the worker's.
+SPEC_FIELDS = set(ModelSpec.model_fields) - {"eager"}
+
+
+class Host:
+    """Starts, finds and ends residents."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelSpec],
+        *,
+        publisher: Publisher,
+        on_change: Callable[[Resident], None],
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self._specs = dict(models)
+        self._residents = {
+            model: Resident(
+                model, spec.model_dump(include=SPEC_FIELDS), command=command, publisher=publisher, on_change=on_change
+            )
+            for model, spec in models.items()
+        }
+
+    def __getitem__(self, model: str) -> Resident:
+        return self._residents[model]
+
+    def get(self, model: str) -> Resident | None:
+        return self._residents.get(model)
+
+    def residents(self) -> list[Resident]:
+        return list(self._residents.values())
+
+    def start(self) -> None:
+        """Bring up the engines of the eager models; the others come with their first turn."""
+        for model, resident in self._residents.items():
+            if self._specs[model].eager:
+                resident.start()
+
+    def flights(self) -> list[tuple[Resident, Flight]]:
+        """All that is under way."""
+        return [(resident, flight) for resident in self.residents() for flight in resident.flights()]
+
+    def stop(self) -> None:
+        """End every engine process."""
+        for resident in self.residents():
+            resident.stop()

@@ -1,0 +1,173 @@
+"""Carries one job from claim to end; this is what a turn does. Knows the ledger and the host, not Celery.
+
+A turn takes the best job that waits, not a certain one, so a lost, doubled or late turn does no harm.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from inferfleet.tasks import errors
+from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.doorbell import Doorbell
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.records import Claim
+from inferfleet.tasks.settings import Settings
+from inferfleet.workers import logs, requests
+from inferfleet.workers.flight import Ending, Flight
+from inferfleet.workers.host import Host
+from inferfleet.workers.metrics import Meter
+from inferfleet.workers.patience import until_answered
+from inferfleet.workers.resident import Resident, State
+
+log = logs.get("turn")
+
+
+class Porter:
+    """Takes turns. Many threads use one porter."""
+
+    def __init__(
+        self, settings: Settings, worker: str, ledger: Ledger, host: Host, doorbell: Doorbell, meter: Meter
+    ) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._ledger = ledger
+        self._host = host
+        self._doorbell = doorbell
+        self._meter = meter
+        self._lease_ms = round(settings.lease_seconds * 1000)
+        #: Set when no more jobs may be claimed: the worker drains.
+        self.closing = threading.Event()
+        #: Set when a silent ledger is no longer worth waiting for.
+        self.giving_up = threading.Event()
+
+    def take_turn(self, model: str) -> str:
+        """Carry the best waiting job of a model, if there is one and this worker can; answers what became of it."""
+        resident = self._host.get(model)
+        if resident is None:
+            return "not served here"
+        if self.closing.is_set():
+            # The message is gone from the queue; another worker should hear it.
+            self._doorbell.ring(model)
+            return "passed on"
+        if not self._ready(resident):
+            return "not ready"
+        claim = self._claim(model)
+        if claim is None:
+            return "nothing waits"
+        with logs.bound(job_id=claim.job_id, model=model):
+            return self._carry(resident, claim)
+
+    def refuse_waiting(self, resident: Resident) -> None:
+        """Fail the jobs of a model that cannot be loaded, so that nobody waits for it for ever."""
+        while (claim := self._claim(resident.model)) is not None:
+            with logs.bound(job_id=claim.job_id, model=resident.model):
+                self._complete(claim, "failed", error=resident.failure)
+
+    def _ready(self, resident: Resident) -> bool:
+        if resident.state is State.IDLE:
+            resident.start()
+        # A standing engine gets no more jobs: they would only wait for its end.
+        return resident.state is State.READY and resident.still_for() < self._settings.lease_seconds / 2
+
+    def _claim(self, model: str) -> Claim | None:
+        # Made here, not taken from the Celery message: two messages with one id must not share a claim.
+        token = uuid.uuid4().hex
+        return until_answered(
+            lambda: self._ledger.claim(model, worker=self._worker, token=token, lease_ms=self._lease_ms), self.closing
+        )
+
+    def _carry(self, resident: Resident, claim: Claim) -> str:
+        flight = Flight(claim.job_id, claim.fence, resident.model, published=claim.published)
+        try:
+            job = requests.read_envelope(claim)
+        except ValidationError as error:
+            return self._complete(claim, "failed", error=unreadable(error))
+        seconds, late = time_limit(claim, job)
+        log.info("job_started", attempt=claim.attempt, deaths=claim.deaths, resumed_tokens=flight.resumed_tokens)
+        in_time = resident.fly(
+            flight, requests.engine_request(claim, job, flight), alone=self._alone(claim), seconds=seconds
+        )
+        return self._conclude(claim, flight, None if in_time else late)
+
+    def _alone(self, claim: Claim) -> bool:
+        """After a crash in company a job runs alone once; so does one whose next death would be its last."""
+        return claim.suspect or claim.deaths >= max(1, self._settings.max_deaths - 1)
+
+    def _conclude(self, claim: Claim, flight: Flight, late: errors.JobFailed | None) -> str:
+        if flight.ending is Ending.STALE:
+            return "stale"
+        if flight.ending is Ending.CRASHED:
+            return self._after_crash(flight)
+        if late is not None:
+            state = "expired" if isinstance(late, errors.DeadlineExceeded) else "failed"
+            return self._complete(claim, state, flight, error=late.to_dict())
+        if flight.ending is Ending.RELEASED:
+            return self._hand_back(flight, suspect=False)
+        if flight.ending is Ending.FAILED:
+            return self._complete(claim, "failed", flight, error=flight.error)
+        if flight.cancelled:
+            return self._complete(claim, "cancelled", flight, error=errors.JobCancelled().to_dict())
+        return self._complete(claim, "completed", flight)
+
+    def _complete(
+        self, claim: Claim, state: str, flight: Flight | None = None, *, error: Mapping[str, Any] | None = None
+    ) -> str:
+        usage = response = None
+        if flight is not None:
+            usage = requests.usage_of(flight)
+        if flight is not None and state == "completed":
+            response = requests.to_bytes(requests.completion(flight, created=claim.created_ms // 1000))
+        measured = self._meter.job_ended(claim, flight, state, time.monotonic())
+        answer = until_answered(
+            lambda: self._ledger.complete(
+                claim.job_id, claim.fence, state=state, response=response, error=error, usage=usage, metrics=measured
+            ),
+            self.giving_up,
+        )
+        log.info("job_ended", state=state, answer=answer, code=None if error is None else error["code"], **measured)
+        return state if answer != "stale" else "stale"
+
+    def _after_crash(self, flight: Flight) -> str:
+        """Alone in the engine it is the culprit and a death is counted; in company each is tried alone first."""
+        if flight.num_crashed > 1:
+            return self._hand_back(flight, suspect=True)
+        how = until_answered(
+            lambda: self._ledger.lose(flight.job_id, flight.fence, max_deaths=self._settings.max_deaths),
+            self.giving_up,
+        )
+        log.warning("job_lost", how=how)
+        if how == "requeued":
+            self._doorbell.ring(flight.model)
+        return how
+
+    def _hand_back(self, flight: Flight, *, suspect: bool) -> str:
+        answer = until_answered(
+            lambda: self._ledger.release(flight.job_id, flight.fence, suspect=suspect), self.giving_up
+        )
+        log.info("job_handed_back", answer=answer, suspect=suspect)
+        if answer == "released":
+            self._doorbell.ring(flight.model)
+        return answer
+
+
+def time_limit(claim: Claim, job: JobRequest) -> tuple[float | None, errors.JobFailed | None]:
+    """Seconds that this run may take, and the error when they are over. Redis time, whatever this clock says."""
+    limits: list[tuple[float, errors.JobFailed]] = []
+    if claim.deadline_ms is not None:
+        limits.append((max(0.0, (claim.deadline_ms - claim.now_ms) / 1000), errors.DeadlineExceeded()))
+    if job.execution_timeout is not None:
+        message = f"the job ran longer than its execution_timeout of {job.execution_timeout:g} s"
+        limits.append((job.execution_timeout, errors.ExecutionTimeout(message)))
+    return min(limits, key=lambda limit: limit[0], default=(None, None))
+
+
+def unreadable(error: ValidationError) -> dict[str, Any]:
+    """What is wrong with a stored job, without its text."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return errors.InvalidRequest(f"this worker cannot read the stored job: {first['msg']}", param=where).to_dict()

@@ -1,0 +1,293 @@
+"""One model that this worker serves: its engine process, brought up again when it dies, and the flights in it.
+
+Knows no Redis. What is said goes to the publisher; how a flight ended stands in the flight; a change of state is told
+to one listener. One thread a model starts the process, reads what it says and starts the next one.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from inferfleet.tasks import errors
+from inferfleet.workers import logs
+from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, Message
+from inferfleet.workers.flight import Ending, Flight
+from inferfleet.workers.gate import Gate
+from inferfleet.workers.publisher import Publisher
+
+#: Seconds before start n + 1 after n deaths in a row; the last one repeats.
+BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+#: Deaths while loading, in a row, after which the model counts as one that cannot load.
+MAX_LOAD_DEATHS = 3
+#: How long a cancelled request may take to say what it used.
+CANCEL_SECONDS = 5.0
+
+log = logs.get("host")
+
+
+class State(Enum):
+    """Where a model is. IDLE: nobody asked for it yet."""
+
+    IDLE = "idle"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class Resident:
+    """A model of this worker. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        model: str,
+        spec: Mapping[str, Any],
+        *,
+        command: Sequence[str],
+        publisher: Publisher,
+        on_change: Callable[["Resident"], None],
+    ) -> None:
+        self.model = model
+        self.state = State.IDLE
+        #: What the engine said about the model when it was ready.
+        self.card: Message = {}
+        #: Why the model cannot be loaded, as an error object.
+        self.failure: dict[str, Any] | None = None
+        #: The engine's last figures about itself.
+        self.stats: dict[str, Any] = {}
+        self.num_restarts = 0
+        self._spec = dict(spec)
+        self._command = command
+        self._publisher = publisher
+        self._on_change = on_change
+        self._gate = Gate()
+        self._lock = threading.RLock()
+        self._child: EngineChild | None = None
+        self._flights: set[Flight] = set()
+        self._aboard: dict[str, Flight] = {}
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._num_steps = 0
+        self._num_steps_beaten = 0
+        self._moved_at = 0.0
+
+    # What others ask -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bring the engine up, once."""
+        with self._lock:
+            if self._thread is not None or self._stopping.is_set():
+                return
+            self._thread = threading.Thread(target=self._supervise, name=f"host-{self.model}", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the engine; whatever still flies in it ends as released."""
+        with self._lock:
+            self._stopping.set()
+            child, thread = self._child, self._thread
+        if child is not None:
+            child.stop()
+        if thread is not None:
+            thread.join()
+        self._become(State.STOPPED)
+
+    def flights(self) -> list[Flight]:
+        """Everything between claim and end, in the engine or before its gate."""
+        with self._lock:
+            return [flight for flight in self._flights if flight.ending is None]
+
+    def take_moved(self) -> bool:
+        """Whether a step was finished since the last call. An engine that only lives does not move."""
+        with self._lock:
+            moved = self._num_steps != self._num_steps_beaten
+            self._num_steps_beaten = self._num_steps
+            return moved
+
+    def still_for(self) -> float:
+        """Seconds for which the engine had work and finished no step; 0 while it has none."""
+        with self._lock:
+            return time.monotonic() - self._moved_at if self._aboard else 0.0
+
+    def kill(self) -> None:
+        """End the engine process the hard way; it is then treated like any engine that died."""
+        with self._lock:
+            child = self._child
+        if child is not None:
+            child.kill()
+
+    def cancel(self, flight: Flight) -> None:
+        """Stop a flight at the next step, or at once before the gate."""
+        with self._lock:
+            if flight.cancelled:
+                return
+            flight.cancelled = True
+            if flight.engine_id not in self._aboard:
+                flight.finish({})
+                flight.end(Ending.FINISHED)
+            elif self._child is not None:
+                self._child.cancel(flight.engine_id)
+        self._gate.recheck()
+
+    def let_go(self, flight: Flight, ending: Ending) -> bool:
+        """End a flight that the engine is not done with; whoever flies it tells the engine. False = it had ended."""
+        first = flight.end(ending)
+        self._gate.recheck()
+        return first
+
+    def fly(self, flight: Flight, request: Mapping[str, Any], *, alone: bool, seconds: float | None) -> bool:
+        """Carry a flight until it has ended; False when it was stopped because `seconds` were over."""
+        until = None if seconds is None else time.monotonic() + seconds
+        with self._lock:
+            self._flights.add(flight)
+        try:
+            if not self._gate.enter(alone, flight.ended, seconds):
+                return flight.ended.is_set()
+            try:
+                if not self._board(flight, request):
+                    flight.end(Ending.RELEASED)
+                return self._land(flight, until)
+            finally:
+                self._disembark(flight)
+                self._gate.leave()
+        finally:
+            with self._lock:
+                self._flights.discard(flight)
+
+    # The life of the engine process ----------------------------------------------------------------------------------
+
+    def _board(self, flight: Flight, request: Mapping[str, Any]) -> bool:
+        with self._lock:
+            if flight.ending is not None:
+                return True
+            if self.state is not State.READY or self._child is None:
+                return False
+            if not self._aboard:
+                self._moved_at = time.monotonic()
+            self._aboard[flight.engine_id] = flight
+            self._child.add({"id": flight.engine_id, **request})
+            return True
+
+    def _disembark(self, flight: Flight) -> None:
+        with self._lock:
+            aboard = self._aboard.pop(flight.engine_id, None)
+            if aboard is not None and flight.usage is None and self._child is not None:
+                self._child.cancel(flight.engine_id)
+
+    def _land(self, flight: Flight, until: float | None) -> bool:
+        if flight.ended.wait(None if until is None else max(0.0, until - time.monotonic())):
+            return True
+        self.cancel(flight)
+        flight.ended.wait(CANCEL_SECONDS)
+        return False
+
+    def _supervise(self) -> None:
+        deaths, load_deaths = 0, 0
+        while not self._stopping.wait(BACKOFF[min(deaths, len(BACKOFF) - 1)]):
+            try:
+                child = self._bring_up()
+            except LoadRefused as refusal:
+                return self._give_up(refusal.code, refusal.message)
+            except EngineGone as death:
+                deaths, load_deaths = deaths + 1, load_deaths + 1
+                log.error("engine_died_loading", model=self.model, deaths=load_deaths, reason=str(death))
+                if load_deaths == MAX_LOAD_DEATHS:
+                    return self._give_up("engine_error", f"{death}, {load_deaths} times in a row while loading")
+                continue
+            load_deaths = 0
+            useful = self._read(child)
+            deaths = 1 if useful else deaths + 1
+            self._bury(child)
+        return None
+
+    def _bring_up(self) -> EngineChild:
+        self._become(State.LOADING)
+        child, device = EngineChild.start(self._command, str(self._spec["device"]))
+        with self._lock:
+            self._child = child
+            if self._stopping.is_set():
+                child.kill()
+        log.info("engine_loading", model=self.model, pid=child.pid)
+        try:
+            self.card = child.load(self.model, self._spec | {"device": device})
+        except (LoadRefused, EngineGone):
+            with self._lock:
+                self._child = None
+            child.reap()
+            raise
+        log.info("engine_ready", model=self.model, pid=child.pid, load_seconds=self.card.get("load_seconds"))
+        self._become(State.READY)
+        return child
+
+    def _read(self, child: EngineChild) -> bool:
+        """Read until the process is gone; answers whether it got any request done."""
+        useful = False
+        for message in child.receive():
+            if message["op"] == "step":
+                useful = useful or bool(message["finished"])
+                self._on_step(message)
+        return useful
+
+    def _on_step(self, step: Message) -> None:
+        touched: list[Flight] = []
+        urgent = bool(step["finished"])
+        with self._lock:
+            self._num_steps += 1
+            self._moved_at = time.monotonic()
+            self.stats = step["stats"]
+            aboard = self._aboard
+            for delta in step["deltas"]:
+                if flight := aboard.get(delta["id"]):
+                    urgent = flight.absorb(delta) or urgent
+                    touched.append(flight)
+            for done in step["finished"]:
+                if flight := aboard.get(done["id"]):
+                    flight.finish(done["usage"])
+                    touched.append(flight)
+            failed = [(flight, error) for error in step["errors"] if (flight := aboard.get(error["id"]))]
+        for flight, error in failed:
+            flight.end(Ending.FAILED, _error(error["code"], error["message"], error["param"]))
+        if touched:
+            self._publisher.touch(touched, urgent=urgent)
+
+    def _bury(self, child: EngineChild) -> None:
+        """The process is gone: end what was in it. A flight that had all its words said still gets published."""
+        with self._lock:
+            self._child = None
+            self.stats = {}
+            lost = [flight for flight in self._aboard.values() if flight.usage is None and flight.ending is None]
+            before_gate = [flight for flight in self._flights if flight.engine_id not in self._aboard]
+        stopping = self._stopping.is_set()
+        self._become(State.STOPPED if stopping else State.LOADING)
+        if not stopping:
+            self.num_restarts += 1
+            log.error("engine_died", model=self.model, pid=child.pid, reason=child.last_words(), flights=len(lost))
+        for flight in lost:
+            flight.num_crashed = len(lost)
+            flight.end(Ending.RELEASED if stopping else Ending.CRASHED)
+        for flight in before_gate:
+            flight.end(Ending.RELEASED)
+        self._gate.recheck()
+        child.reap()
+
+    def _give_up(self, code: str, message: str) -> None:
+        if self._stopping.is_set():
+            return
+        self.failure = _error(code, f"the model {self.model} cannot be loaded: {message}")
+        log.error("model_failed", model=self.model, code=code, reason=message)
+        self._become(State.FAILED)
+
+    def _become(self, state: State) -> None:
+        with self._lock:
+            if self.state is state:
+                return
+            self.state = state
+        self._on_change(self)
+
+
+def _error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """An engine's complaint as an error object; a code that nobody knows is an engine_error."""
+    known = code if code in errors.BY_CODE else "engine_error"
+    return errors.from_dict({"code": known, "message": message, "param": param}).to_dict()
