@@ -49,7 +49,8 @@ class HandWorker(threading.Thread):
         self.ledger.put_card(self.model, CARD | {"id": self.model}, "hand", 600)
 
     def ring(self, model: str, times: int) -> None:
-        self._rung.release(times)
+        if times:
+            self._rung.release(times)
 
     def stop(self) -> None:
         self._stopping = True

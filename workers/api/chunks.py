@@ -3,10 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-
-def completion_id(job_id: str) -> str:
-    """`chatcmpl-<hex>` of `job_<hex>`: one id a job, in both shapes."""
-    return "chatcmpl-" + job_id.removeprefix("job_")
+from inferfleet.workers.requests import completion_id
 
 
 class ChunkWriter:

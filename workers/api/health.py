@@ -9,6 +9,7 @@ from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Use
 from inferfleet.workers.api.telemetry import render
+from inferfleet.workers.metrics import fleet_families
 
 router = APIRouter(tags=["operations"])
 
@@ -44,12 +45,14 @@ async def stats(tenant: Tenant, use: Use) -> Response:
 
 @router.get("/metrics", openapi_extra=openapi.METRICS)
 async def metrics(tenant: Tenant, use: Use) -> Response:
-    """Prometheus exposition of this process and of the queues, read from the ledger now."""
+    """Prometheus exposition of this process, the queues and all present workers, read from the ledger now."""
     try:
         counted, cards = await use.ledger.stats(), await use.door.cards()
+        workers = await use.ledger.run(fleet_families())
     except LedgerUnavailable:
-        counted, cards = None, {}
-    return Response(render(use.metrics, counted, cards), media_type="text/plain; version=0.0.4; charset=utf-8")
+        counted, cards, workers = None, {}, []
+    page = render(use.metrics, counted, cards, workers)
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _ready(card: dict[str, object]) -> bool:

