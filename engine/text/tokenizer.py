@@ -102,15 +102,16 @@ class Tokenizer:
         return ids
 
     def _encode_broken(self, text: str, plain: Sequence[Span], *, whole: bool) -> list[int]:
-        """Break each span after its first character (or after all) by a token of our own, dropped afterwards."""
-        parts, done = [], 0
+        """Break the text behind the first character of each span, or behind all, so that it spells no token."""
+        pieces, done = [""], 0
         for start, end in plain:
-            parts += [text[done : start + 1], self._break]
-            rest = text[start + 1 : end]
-            parts.append(rest if whole else "".join(character + self._break for character in rest))
+            pieces[-1] += text[done : start + 1]
+            pieces += [text[start + 1 : end]] if whole else text[start + 1 : end]
             done = end
-        ids = self.encode("".join(parts) + text[done:])
-        return [token_id for token_id in ids if token_id != self._break_id]
+        pieces[-1] += text[done:]
+        if self._break is None:
+            return [token_id for piece in pieces if piece for token_id in self.encode(piece)]
+        return [token_id for token_id in self.encode(self._break.join(pieces)) if token_id != self._break_id]
 
     def _num_special(self, ids: Iterable[int]) -> int:
         return sum(token_id in self.special_ids for token_id in ids)
@@ -158,18 +159,17 @@ class Tokenizer:
         return max(len(self._make_piece(i, first=False) or b"") for i in range(self.vocab_size))
 
 
-def _add_break(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[str, int]:
+def _add_break(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[str | None, int | None]:
     """A token that no text contains: it parts the text before the model sees it, so nothing joins across it.
 
-    Random private-use characters, so that nobody can write it on purpose.
+    Random private-use characters, so that nobody can write it on purpose. (None, None) in a vocabulary with gaps,
+    where the library would give it another token's id.
     """
-    while True:
-        text = "".join(chr(0x100000 + secrets.randbelow(0xFFFD)) for _ in range(8))
-        backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False)])
-        token_id = backend.token_to_id(text)
-        # The library counts entries, so in a vocabulary with gaps the first new ids belong to other tokens.
-        if token_id is not None and token_id >= vocab_size:
-            return text, token_id
+    if backend.get_vocab_size(with_added_tokens=True) != vocab_size:
+        return None, None
+    text = "".join(chr(0x100000 + secrets.randbelow(0xFFFD)) for _ in range(8))
+    backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False)])
+    return text, backend.token_to_id(text)
 
 
 def _read_text(path: Path) -> str:
