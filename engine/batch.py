@@ -9,7 +9,7 @@ on a GPU it is pinned and travels in one copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +56,26 @@ class Batch:
         or both None for a layer that reads what its owner stored earlier in this step.
         """
         return self.cache.attend(self, layer, q, k, v, scale)
+
+    def wanted(self) -> Batch:
+        """The same rows with only the tokens of logits_index as queries: the last of a row that samples, or none.
+
+        For layers that store no keys and values: nobody reads what they make of the other tokens.
+        """
+        if len(self.logits_index) == self.num_tokens:
+            return self
+        sampled = set(map(id, self.sample_rows))
+        lens = [(int(id(row) in sampled), seq_len) for row, (_, seq_len) in zip(self.rows, self.row_lens, strict=True)]
+        return replace(
+            self,
+            input_ids=self.input_ids[self.logits_index],
+            positions=self.positions[self.logits_index],
+            # How many wanted tokens lie before each row's first.
+            query_start=torch.searchsorted(self.logits_index, self.query_start, out_int32=True),
+            logits_index=torch.arange(len(self.logits_index), device=self.logits_index.device),
+            row_lens=lens,
+            max_query_len=1,
+        )
 
 
 class Arena:

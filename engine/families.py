@@ -44,7 +44,7 @@ class Model(Protocol):
         """Lays the weights out for the machine; once, after load."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-        """[T] ids and positions of a step -> hidden states [T, H]."""
+        """[T] ids and positions of a step -> hidden states [T, H], of which those at batch.logits_index count."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, H] that `forward` gave -> float32 logits [N, V]."""

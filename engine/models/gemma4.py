@@ -287,11 +287,11 @@ class PerLayerEmbeddings(nn.Module):
         self.product = Linear(config.hidden, {"per_layer_model_projection": width}, dtype=dtype, device=device)
         self.per_layer_projection_norm = RMSNorm(size, config.eps, "gemma", dtype=dtype, device=device)
 
-    def forward(self, input_ids: Tensor, x: Tensor) -> list[Tensor]:
-        """ids [T] and their scaled embeddings x [T, H] -> for each layer [T, P]."""
+    def forward(self, input_ids: Tensor, x: Tensor) -> Tensor:
+        """ids [T] and their scaled embeddings x [T, H] -> [T, L, P]."""
         shape = (len(input_ids), self.num_layers, -1)
         context = self.per_layer_projection_norm((self.product(x) * self.root).view(shape))
-        return list(((context + self.embed_tokens_per_layer(input_ids).view(shape)) * 2.0**-0.5).unbind(1))
+        return (context + self.embed_tokens_per_layer(input_ids).view(shape)) * 2.0**-0.5
 
 
 class Gemma4ForCausalLM(Decoder):
@@ -301,6 +301,8 @@ class Gemma4ForCausalLM(Decoder):
         super().__init__()
         self.config = c = Gemma4Config.read(text_section(config))
         owners = [plan.index for plan in c.layers if plan.owns_kv]
+        #: The layers from here on read keys and values of those before.
+        self.num_owners = len(owners)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden, scale=c.hidden**0.5, dtype=dtype, device=device)
         self.ple = PerLayerEmbeddings(c, dtype=dtype, device=device) if c.ple_size else None
         self.layers = nn.ModuleList(
@@ -328,12 +330,33 @@ class Gemma4ForCausalLM(Decoder):
             yield r"lm_head\.weight"
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-        """[T] ids and positions -> hidden states [T, H] before the final norm."""
+        """[T] ids and positions -> hidden states [T, H] before the final norm; meaningful at batch.logits_index."""
         x = self.embed_tokens(input_ids)
-        ple = self.ple(input_ids, x) if self.ple is not None else [None] * len(self.layers)
+        ple = None if self.ple is None else self.ple(input_ids, x)
         angles = {kind: rotary(positions) for kind, rotary in self.rotary.items()}
-        for layer, plan, embedding in zip(self.layers, self.config.layers, ple, strict=True):
-            x = layer(x, embedding, *angles[plan.kind], batch)
+        owning, sharing = range(self.num_owners), range(self.num_owners, len(self.layers))
+        x = self._run(owning, x, ple, angles, batch)
+        # The sharing layers store nothing: only tokens whose logits are wanted need to go through them.
+        wanted = batch.wanted() if sharing else batch
+        if wanted is batch:
+            return self._run(sharing, x, ple, angles, batch)
+        if len(index := batch.logits_index):
+            angles = {kind: (cos[index], sin[index]) for kind, (cos, sin) in angles.items()}
+            x[index] = self._run(sharing, x[index], None if ple is None else ple[index], angles, wanted)
+        return x
+
+    def _run(
+        self,
+        layers: range,
+        x: Tensor,
+        ple: Tensor | None,
+        angles: Mapping[str, tuple[Tensor, Tensor]],
+        batch: Batch,
+    ) -> Tensor:
+        """x [T, H] through some of the layers; ple [T, L, P] or None, angles by kind of layer."""
+        for index in layers:
+            own = None if ple is None else ple[:, index]
+            x = self.layers[index](x, own, *angles[self.config.layers[index].kind], batch)
         return x
 
     def _checkpoint_name(self, name: str) -> str:

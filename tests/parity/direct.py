@@ -51,17 +51,20 @@ class Direct:
         request.slot = slot
         return request
 
-    def step(self, rows: Sequence[tuple[Request, int]]) -> list[Tensor]:
-        """Computes the next `count` tokens of each row; gives the logits of each row's tokens, [count, V]."""
+    def step(self, rows: Sequence[tuple[Request, int]], samples: list[bool] | None = None) -> list[Tensor]:
+        """Computes the next `count` tokens of each row; gives the logits of each row's tokens, [count, V].
+
+        With `samples`, only the last token's of each row that it marks, [1, V].
+        """
         counts = [count for _, count in rows]
-        plan = Plan([row for row, _ in rows], counts, [True] * len(rows))
-        batch: Batch = self.builder.build(plan)
+        plan = Plan([row for row, _ in rows], counts, samples or [True] * len(rows))
+        batch: Batch = self.builder.build(plan, scoring=samples is None)
         with torch.inference_mode():
             hidden = self.model.forward(batch.input_ids, batch.positions, batch)
-            logits = self.model.compute_logits(hidden)
+            logits = self.model.compute_logits(hidden[batch.logits_index])
         for row, count in rows:
             row.num_computed_tokens += count
-        return list(logits.split(counts))
+        return list(logits.split(counts if samples is None else 1)) if len(logits) else []
 
     def score(self, prompts: Sequence[Sequence[int]], chunk: int) -> list[Tensor]:
         """Logits [T, V] of every prompt, all in one ragged batch, at most `chunk` tokens of each per step."""

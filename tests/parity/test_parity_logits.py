@@ -58,6 +58,28 @@ def test_a_prompt_gives_the_same_logits_alone_as_among_others(name, reference, l
     assert float((alone - among).abs().max()) <= judge.tolerance
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_sample_get_the_same_logits_when_only_those_are_wanted(name, reference, load):
+    # Given a step of a decode, a chunk that ends its prompt, one that does not, and another decode,
+    judge = reference(name, 0)
+    tokens = prompts(judge.vocab_size, 4, 4)
+    cache = Direct(load(judge.folder))
+    rows = [cache.request(slot, ids * 40) for slot, ids in enumerate(tokens)]
+    cache.step([(rows[0], 30), (rows[1], 9), (rows[3], 11)])
+    step, samples = [(rows[0], 1), (rows[1], 20), (rows[2], 16), (rows[3], 1)], [True, True, False, True]
+    # when logits are asked for where a token is picked,
+    picked = cache.step(step, samples)
+    # then they are the reference's, though upper layers that store nothing saw no other token.
+    for row, logits in zip([row for row, wanted in zip(rows, samples, strict=True) if wanted], picked, strict=True):
+        expected = judge.logits(row.token_ids[: row.num_computed_tokens])[-1]
+        assert float((logits - expected).abs().max()) <= judge.tolerance
+    # And a step that picks nothing gives nothing, and leaves what the next one needs.
+    assert cache.step([(rows[2], 7)], [False]) == []
+    last = cache.step([(rows[2], 1)], [True])[0]
+    expected = judge.logits(rows[2].token_ids[: rows[2].num_computed_tokens])[-1]
+    assert float((last - expected).abs().max()) <= judge.tolerance
+
+
 @pytest.mark.parametrize("layout", ["saved", "hub", "stacked"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layout_of_a_checkpoint_loads_to_the_same_model(name, layout, reference, load):
