@@ -1,7 +1,7 @@
 """A scripted engine that speaks the real one's protocol: `python fake_engine.py --fd N`. No model, no torch.
 
-Token n of answer i is a hash of (seed, i, n), so that whoever goes on after a crash must say the same. It obeys words in
-the last message: `tokens=N` (answer length), `step=S` (seconds a step while it runs), `fail`, `exit=N` and `hang=N` (at
+Token n of answer i is a hash of (seed, i, n), so whoever goes on after a crash must say the same. It obeys words in the
+last message: `tokens=N` (answer length), `step=S` (seconds a step while it runs), `fail`, `exit=N` and `hang=N` (at
 token N), `exit_once=FILE` and `hang_once=FILE` (at token 3, unless FILE exists, which it makes). The path of the model
 obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds).
 """

@@ -175,5 +175,5 @@ class Lifecycle:
 
 
 def worker_name() -> str:
-    """Also the Celery node's. Unique for every start, because a lease is the property of one process, not of its number."""
+    """Also the Celery node's. New at every start, because a lease belongs to a process and pids come again."""
     return f"inferfleet-{os.getpid()}-{uuid.uuid4().hex[:6]}@{socket.gethostname()}"

@@ -1,0 +1,144 @@
+"""Real workers as child processes for the tests of the worker, with scripted engines unless told otherwise."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from fake_engine import answer
+
+from inferfleet.tasks.client import Client
+from inferfleet.tasks.contracts import body_hash, parse_job
+from inferfleet.tasks.doorbell import Doorbell
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.names import is_terminal_event, new_job_id
+from inferfleet.tasks.settings import Settings
+from inferfleet.workers.flight import seed_of
+
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+FAST = {"lease_seconds": 2, "heartbeat_seconds": 0.5, "sweep_seconds": 0.2, "drain_grace_seconds": 5, "run_slots": 0,
+        "slots": 32, "namespace": "test"}  # fmt: skip
+
+
+class WorkerProcess:
+    """One worker; its log is a list of JSON lines."""
+
+    def __init__(self, settings, log_path):
+        self.settings, self.log_path = settings, log_path
+        with log_path.open("wb") as log:
+            command = [sys.executable, str(FAKE_WORKER), settings.model_dump_json()]
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def engines(self):
+        """The engine processes."""
+        children = psutil.Process(self.pid).children()
+        return [child for child in children if "--fd" in child.cmdline()]
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def lines(self, event=None):
+        lines = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if event in (None, line["event"])]
+
+    def kill(self):
+        """kill -9; the engines see the end of their wire."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def end(self):
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGQUIT)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+class Fleet:
+    """Workers on one Redis, and a producer."""
+
+    def __init__(self, redis_url, folder):
+        self.redis_url, self.folder = redis_url, folder
+        self.ledger = Ledger.from_url(redis_url, "test")
+        self.doorbell = Doorbell(redis_url)
+        self.workers = []
+
+    def start_worker(self, models=None, wait=True, **settings):
+        """A worker of `models` (name -> path, or the whole spec), ready unless `wait` is false."""
+        given = models or {"m": "fake"}
+        specs = {name: {"path": spec} if isinstance(spec, str) else spec for name, spec in given.items()}
+        chosen = Settings.model_validate({"redis_url": self.redis_url, **FAST, "models": specs, **settings})
+        worker = WorkerProcess(chosen, self.folder / f"worker{len(self.workers)}.log")
+        self.workers.append(worker)
+        if wait:
+            until(lambda: len(worker.lines("engine_ready")) == len(specs))
+        return worker
+
+    def client(self):
+        return Client(self.redis_url, namespace="test")
+
+    def submit(self, words, *, model="m", ring=True, job_id=None, tenant="default", **options):
+        """Submit one message; `options` go into the job, `body` among them into the chat body."""
+        body = {"model": model, "messages": [{"role": "user", "content": words}], **options.pop("body", {})}
+        job = parse_job(json.dumps({"body": body, **options}).encode())
+        envelope = job.envelope()
+        job_id = job_id or new_job_id()
+        self.ledger.submit(
+            job_id, envelope, model=model, tenant=tenant, body_hash=body_hash(envelope),
+            priority=job.effective_priority, deadline_ms=job.deadline_ms, start_timeout_ms=job.start_timeout_ms,
+        )  # fmt: skip
+        if ring:
+            self.doorbell.ring(model)
+        return job_id
+
+    def wait(self, job_id, seconds=60):
+        """The record of an ended job."""
+        return until(lambda: (record := self.ledger.get(job_id)).terminal and record, seconds)
+
+    def state(self, job_id):
+        return self.ledger.get(job_id).state
+
+    def wait_for_words(self, job_id, count=1):
+        """Until the job has published something."""
+        return until(lambda: len(deltas(self.ledger.events(job_id))) >= count)
+
+    def close(self):
+        for worker in self.workers:
+            worker.end()
+        self.ledger.close()
+        self.doorbell.close()
+
+
+def until(condition, seconds=60):
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+    return value
+
+
+def deltas(events):
+    return [event for event in events if event["type"] == "response.output_text.delta"]
+
+
+def assert_published_once(ledger, record, tokens):
+    """Exactly the scripted answer, token for token, in the log and in the body, and one terminal event at the end."""
+    events = ledger.events(record.id)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [is_terminal_event(event["type"]) for event in events].index(True) == len(events) - 1
+    expected = answer(seed_of(record.id), tokens)
+    assert "".join(event["delta"] for event in deltas(events)) == expected
+    assert sum(len(event["token_ids"]) for event in deltas(events)) == tokens
+    assert json.loads(record.response)["choices"][0]["message"]["content"] == expected

@@ -1,0 +1,265 @@
+"""A real worker on a real Redis with scripted engines: turns, limits, cancels, drains. Faults: test_worker_faults.py."""
+
+import json
+import signal
+import time
+
+import pytest
+from fake_engine import answer
+from fleet import Fleet, assert_published_once, deltas, until
+
+from inferfleet.workers.flight import seed_of
+
+
+@pytest.fixture
+def fleet(redis_url, tmp_path):
+    fleet = Fleet(redis_url, tmp_path)
+    yield fleet
+    fleet.close()
+
+
+def test_a_turn_carries_a_job_to_its_end(fleet):
+    fleet.start_worker()
+
+    job_id = fleet.submit("tokens=5")
+    record = fleet.wait(job_id)
+
+    assert record.state == "completed"
+    assert_published_once(fleet.ledger, record, 5)
+    body = json.loads(record.response)
+    assert body["object"] == "chat.completion" and body["id"] == "chatcmpl-" + job_id.removeprefix("job_")
+    assert body["choices"][0]["finish_reason"] == "stop" and body["choices"][0]["logprobs"] is None
+    assert body["usage"] == {
+        "prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6, "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
+    assert record.usage == body["usage"]
+    assert record.metrics["ttft_ms"] > 0 and record.metrics["execution_ms"] > 0
+
+
+def test_n_answers_and_logprobs_come_back_in_openai_shape(fleet):
+    fleet.start_worker()
+
+    record = fleet.wait(fleet.submit("tokens=3", body={"n": 2, "logprobs": True, "seed": 7}))
+
+    choices = json.loads(record.response)["choices"]
+    assert [choice["message"]["content"] for choice in choices] == [answer(7, 3, 0), answer(7, 3, 1)]
+    assert [len(choice["logprobs"]["content"]) for choice in choices] == [3, 3]
+    assert record.usage["completion_tokens"] == 6
+
+
+def test_a_job_whose_ring_was_lost_is_rung_for_again(fleet):
+    fleet.start_worker()
+
+    job_id = fleet.submit("tokens=3", ring=False)
+
+    assert fleet.wait(job_id).state == "completed"
+
+
+def test_doubled_turns_do_no_harm(fleet):
+    fleet.start_worker()
+    fleet.doorbell.ring("m", times=10)
+
+    job_id = fleet.submit("tokens=3")
+    fleet.doorbell.ring("m", times=10)
+    record = fleet.wait(job_id)
+
+    assert_published_once(fleet.ledger, record, 3)
+    assert record.attempts == 1
+
+
+def test_several_models_in_one_worker_each_have_their_engine(fleet):
+    worker = fleet.start_worker(models={"a": "fake", "b": "fake"})
+
+    jobs = [fleet.submit("tokens=4", model=model) for model in "abab"]
+    records = [fleet.wait(job_id) for job_id in jobs]
+
+    assert [json.loads(record.response)["model"] for record in records] == ["a", "b", "a", "b"]
+    assert len(worker.engines()) == 2
+
+
+def test_a_lazy_model_is_loaded_by_its_first_job(fleet):
+    worker = fleet.start_worker(models={"m": {"path": "fake", "eager": False}}, wait=False)
+    until(lambda: fleet.ledger.cards().get("m", {}).get("state") == "idle")
+    assert worker.engines() == []
+
+    job_id = fleet.submit("tokens=3")
+
+    assert fleet.wait(job_id).state == "completed"
+    assert len(worker.engines()) == 1
+
+
+def test_a_worker_takes_no_more_turns_than_it_has_slots(fleet):
+    fleet.start_worker(slots=2)
+
+    jobs = [fleet.submit("tokens=40 step=0.02") for _ in range(6)]
+    fleet.wait_for_words(jobs[0])
+
+    # What it does not run is left in the queue, where another worker can hear it.
+    assert fleet.ledger.redis.llen("inferfleet.turn.m") == 4
+    assert fleet.ledger.redis.hlen("unacked") == 0
+    assert fleet.ledger.stats()["m"]["running"] == 2
+    assert {fleet.wait(job_id).state for job_id in jobs} == {"completed"}
+
+
+def test_an_engine_error_fails_its_job_alone(fleet):
+    fleet.start_worker()
+
+    good, bad = fleet.submit("tokens=30 step=0.01"), fleet.submit("fail")
+
+    assert fleet.wait(bad).error["code"] == "nan_logits"
+    assert fleet.wait(bad).state == "failed"
+    assert_published_once(fleet.ledger, fleet.wait(good), 30)
+
+
+def test_cancelling_a_running_job_stops_it_at_the_next_step_with_partial_usage(fleet):
+    fleet.start_worker(heartbeat_seconds=60, lease_seconds=200)
+    job_id = fleet.submit("tokens=4000 step=0.01")
+    fleet.wait_for_words(job_id)
+
+    assert fleet.ledger.cancel(job_id) == "cancelling"
+    record = fleet.wait(job_id)
+
+    assert record.state == "cancelled" and record.response is None
+    assert 0 < record.usage["completion_tokens"] < 4000
+    assert deltas(fleet.ledger.events(job_id)[-1:]) == []
+
+
+def test_a_job_that_says_nothing_yet_is_cancelled_without_waiting_for_a_heartbeat(fleet):
+    fleet.start_worker(heartbeat_seconds=60, lease_seconds=200)
+    silent = fleet.submit("tokens=1 step=1")
+    until(lambda: fleet.state(silent) == "in_progress")
+
+    fleet.ledger.cancel(silent)
+
+    assert fleet.wait(silent, seconds=20).state == "cancelled"
+
+
+def test_execution_timeout_ends_a_run_with_partial_usage(fleet):
+    fleet.start_worker()
+
+    record = fleet.wait(fleet.submit("tokens=4000 step=0.01", execution_timeout=0.3))
+
+    assert record.state == "failed" and record.error["code"] == "execution_timeout"
+    assert "0.3" in record.error["message"]
+    assert 0 < record.usage["completion_tokens"] < 4000
+
+
+def test_a_deadline_that_passes_while_running_expires_the_job(fleet):
+    fleet.start_worker()
+
+    record = fleet.wait(fleet.submit("tokens=4000 step=0.01", deadline=time.time() + 0.7))
+
+    assert record.state == "expired" and record.error["code"] == "deadline_exceeded"
+    assert record.response is None
+
+
+def test_start_timeout_expires_a_job_that_nobody_started(fleet):
+    fleet.start_worker(slots=1)
+    fleet.wait_for_words(fleet.submit("tokens=100 step=0.02"))
+
+    record = fleet.wait(fleet.submit("tokens=1", start_timeout=0.3))
+
+    assert record.state == "expired" and record.error["code"] == "start_timeout"
+
+
+def test_a_lower_priority_runs_first(fleet):
+    fleet.start_worker(slots=1)
+    first = fleet.submit("tokens=30 step=0.02")
+    fleet.wait_for_words(first)
+
+    late, early = fleet.submit("tokens=1", priority=50), fleet.submit("tokens=1", priority=-50)
+
+    assert fleet.wait(early).finished_ms <= fleet.wait(late).started_ms
+
+
+def test_a_model_that_refuses_to_load_fails_its_jobs_with_a_typed_error(fleet):
+    fleet.start_worker(models={"broken": "refuse", "m": "fake"}, wait=False)
+
+    record = fleet.wait(fleet.submit("tokens=1", model="broken"))
+
+    assert record.state == "failed" and record.error["code"] == "engine_error"
+    assert "the scripted model refuses" in record.error["message"]
+    card = fleet.ledger.cards()["broken"]
+    assert card["state"] == "failed" and card["error"] == record.error
+    assert fleet.wait(fleet.submit("tokens=1")).state == "completed"
+
+
+def test_an_engine_that_dies_while_loading_is_given_up_after_three_times(fleet):
+    worker = fleet.start_worker(models={"m": "die"}, wait=False)
+
+    record = fleet.wait(fleet.submit("tokens=1"))
+
+    assert record.state == "failed" and "3 times in a row" in record.error["message"]
+    assert len(worker.lines("engine_died_loading")) == 3
+
+
+def test_sigterm_finishes_what_runs_and_leaves_the_rest(fleet):
+    worker = fleet.start_worker(slots=2)
+    jobs = [fleet.submit("tokens=30 step=0.02") for _ in range(4)]
+    fleet.wait_for_words(jobs[0])
+
+    worker.signal(signal.SIGTERM)
+    assert worker.process.wait(20) == 0
+
+    records = [fleet.ledger.get(job_id) for job_id in jobs]
+    assert sorted(record.state for record in records) == ["completed", "completed", "queued", "queued"]
+    assert {record.deaths for record in records} == {0}
+    assert fleet.ledger.cards() == {} and fleet.ledger.workers() == {}
+
+
+def test_what_outlives_the_grace_is_handed_back_and_goes_on_where_it_was(fleet):
+    worker = fleet.start_worker(drain_grace_seconds=0.3)
+    job_id = fleet.submit("tokens=150 step=0.01")
+    fleet.wait_for_words(job_id, 3)
+
+    worker.signal(signal.SIGTERM)
+    assert worker.process.wait(20) == 0
+    handed_back = fleet.ledger.get(job_id)
+    fleet.start_worker()
+    record = fleet.wait(job_id)
+
+    assert (handed_back.state, handed_back.deaths, handed_back.attempts) == ("queued", 0, 0)
+    assert (record.state, record.deaths, record.attempts) == ("completed", 0, 1)
+    assert_published_once(fleet.ledger, record, 150)
+
+
+def test_a_second_sigterm_hands_back_at_once(fleet):
+    worker = fleet.start_worker(drain_grace_seconds=600)
+    job_id = fleet.submit("tokens=4000 step=0.01")
+    fleet.wait_for_words(job_id)
+
+    worker.signal(signal.SIGTERM)
+    until(lambda: worker.lines("draining"))
+    worker.signal(signal.SIGTERM)
+
+    assert worker.process.wait(20) == 0
+    assert (fleet.state(job_id), fleet.ledger.get(job_id).deaths) == ("queued", 0)
+
+
+def test_the_celery_process_imports_no_torch_and_logs_no_prompt(fleet):
+    worker = fleet.start_worker()
+    fleet.wait(fleet.submit("tokens=2 a-secret-word"))
+
+    with open(f"/proc/{worker.pid}/maps") as maps:
+        assert "libtorch" not in maps.read()
+    log = worker.log_path.read_text()
+    assert "a-secret-word" not in log
+    assert {line["level"] for line in worker.lines()} == {"info"}
+
+
+def test_lines_about_a_job_carry_its_id(fleet):
+    worker = fleet.start_worker()
+
+    job_id = fleet.submit("tokens=2")
+    fleet.wait(job_id)
+
+    ended = until(lambda: worker.lines("job_ended"))
+    assert [line["job_id"] for line in ended] == [job_id] and ended[0]["state"] == "completed"
+
+
+def test_a_job_without_a_seed_gets_one_that_its_id_decides(fleet):
+    fleet.start_worker()
+
+    record = fleet.wait(fleet.submit("tokens=3"))
+
+    assert json.loads(record.response)["choices"][0]["message"]["content"] == answer(seed_of(record.id), 3)
