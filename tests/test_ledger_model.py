@@ -1,0 +1,285 @@
+"""The ledger against a small model of it in plain Python: any order of calls gives the answers that the model gives."""
+
+import itertools
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from ledger_moves import FAR, PAST, delta
+
+from inferfleet.tasks.errors import AlreadyTerminal, Conflict, NotQueued, NotTerminal
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.names import DELTA, TERMINAL
+
+MODELS = ("m", "n")
+MAX_DEATHS = 2
+LONG = 600_000
+numbers = itertools.count()
+
+
+@dataclass
+class Twin:
+    """What the model knows of one job."""
+
+    model: str
+    priority: int
+    deadline: int | None
+    seq: int
+    state: str = "queued"
+    fence: int = 0
+    deaths: int = 0
+    attempts: int = 0
+    lease_over: bool = False
+    token: str = ""
+    deltas: list[str] = field(default_factory=list)
+    ended_by: int | None = None
+
+    @property
+    def held(self):
+        return self.state in ("in_progress", "cancelling")
+
+    @property
+    def place(self):
+        return self.priority, self.deadline or 10**13 - 1, self.seq
+
+    def end(self, state):
+        self.state, self.ended_by = state, self.fence
+
+    def take_back(self, died):
+        self.fence += 1
+        if died:
+            self.deaths += 1
+        else:
+            self.attempts -= 1
+        if self.state == "cancelling":
+            self.end("cancelled")
+            return "cancelled"
+        if died and self.deaths >= MAX_DEATHS:
+            self.end("failed")
+            return "dead"
+        self.state = "queued"
+        return "requeued"
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    def __init__(self, url):
+        super().__init__()
+        self.ledger = Ledger.from_url(url, f"machine{next(numbers)}")
+        self.twins: dict[str, Twin] = {}
+        self.calls = 0
+
+    def teardown(self):
+        self.ledger.close()
+
+    def pick(self, data):
+        return data.draw(st.sampled_from(sorted(self.twins)), label="job")
+
+    def fresh(self):
+        self.calls += 1
+        return f"t{self.calls}"
+
+    @rule(model=st.sampled_from(MODELS), priority=st.integers(-2, 2), deadline=st.sampled_from([None, None, FAR, PAST]))
+    def submit(self, model, priority, deadline):
+        job_id = f"job_{len(self.twins):03}"
+        options = {"model": model, "tenant": "a", "body_hash": "h", "priority": priority, "deadline_ms": deadline}
+        answers = [self.ledger.submit(job_id, b"{}", **options) for _ in range(2)]
+        assert [answer.queued for answer in answers] == [True, False]
+        self.twins[job_id] = Twin(model, priority, deadline, seq=len(self.twins))
+
+    @rule(model=st.sampled_from(MODELS), lease_over=st.booleans())
+    def claim(self, model, lease_over):
+        token = self.fresh()
+        claim = self.ledger.claim(model, worker="w", token=token, lease_ms=0 if lease_over else LONG)
+        waiting = sorted((t.place, i) for i, t in self.twins.items() if t.state == "queued" and t.model == model)
+        for _, job_id in waiting:
+            twin = self.twins[job_id]
+            if twin.deadline == PAST:
+                twin.end("expired")
+                continue
+            twin.state, twin.lease_over, twin.token = "in_progress", lease_over, token
+            twin.fence += 1
+            twin.attempts += 1
+            assert (claim.job_id, claim.fence, claim.deaths) == (job_id, twin.fence, twin.deaths)
+            assert [event["delta"] for event in claim.published] == twin.deltas
+            return
+        assert claim is None
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data())
+    def claim_again(self, data):
+        job_id = self.pick(data)
+        twin = self.twins[job_id]
+        if not twin.token:
+            return
+        claim = self.ledger.claim(twin.model, worker="w", token=twin.token)
+        assert (claim and (claim.job_id, claim.fence)) == ((job_id, twin.fence) if twin.held else None)
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data(), behind=st.sampled_from([0, 0, 1]), twice=st.booleans())
+    def publish(self, data, behind, twice):
+        job_id = self.pick(data)
+        twin, token = self.twins[job_id], self.fresh()
+        for _ in range(2 if twice else 1):
+            answer = self.ledger.publish(job_id, twin.fence - behind, [delta(token)], token)
+            good = twin.held and not behind
+            assert answer == (("cancel" if twin.state == "cancelling" else "ok") if good else "stale")
+        if good:
+            twin.deltas.append(token)
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data(), behind=st.sampled_from([0, 0, 1]), long=st.booleans())
+    def beat(self, data, behind, long):
+        job_id = self.pick(data)
+        twin = self.twins[job_id]
+        answer = self.ledger.beat("w", [(job_id, twin.fence - behind)], LONG if long else 0)
+        if twin.held and not behind:
+            twin.lease_over = not long
+            assert answer == {job_id: "cancel" if twin.state == "cancelling" else "ok"}
+        else:
+            assert answer == {job_id: "stale"}
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data(), behind=st.sampled_from([0, 0, 1]), state=st.sampled_from(sorted(TERMINAL)))
+    def complete(self, data, behind, state):
+        job_id = self.pick(data)
+        twin = self.twins[job_id]
+        fence = twin.fence - behind
+        answer = self.ledger.complete(job_id, fence, state=state, response=b"{}")
+        if twin.held and not behind:
+            assert answer == "done"
+            twin.end("cancelled" if twin.state == "cancelling" else state)
+        else:
+            assert answer == ("same" if twin.state in TERMINAL and fence == twin.ended_by else "stale")
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data())
+    def cancel(self, data):
+        job_id = self.pick(data)
+        twin = self.twins[job_id]
+        try:
+            answer = self.ledger.cancel(job_id, "a")
+        except AlreadyTerminal:
+            assert twin.state in TERMINAL - {"cancelled"}
+            return
+        if twin.state == "queued":
+            twin.end("cancelled")
+        elif twin.state == "in_progress":
+            twin.state = "cancelling"
+        assert answer == twin.state
+
+    @precondition(lambda self: any(twin.held for twin in self.twins.values()))
+    @rule(data=st.data(), died=st.booleans())
+    def give_up(self, data, died):
+        job_id = data.draw(st.sampled_from(sorted(i for i, twin in self.twins.items() if twin.held)), label="job")
+        twin = self.twins[job_id]
+        fence = twin.fence
+        how = twin.take_back(died)
+        for _ in range(2):
+            if died:
+                assert self.ledger.lose(job_id, fence, max_deaths=MAX_DEATHS) == how
+            else:
+                assert self.ledger.release(job_id, fence) == "released"
+
+    @rule()
+    def reap(self):
+        expected = {
+            job_id: twin.take_back(died=True) for job_id, twin in self.twins.items() if twin.held and twin.lease_over
+        }
+        assert dict(self.ledger.reap(max_deaths=MAX_DEATHS)) == expected
+
+    @rule()
+    def sweep(self):
+        overdue = {i for i, twin in self.twins.items() if twin.state == "queued" and twin.deadline == PAST}
+        swept = self.ledger.sweep(result_ttl_ms=LONG)
+        for job_id in overdue:
+            self.twins[job_id].end("expired")
+        waiting = [twin.model for twin in self.twins.values() if twin.state == "queued"]
+        assert set(swept.expired) == overdue
+        assert swept.ring == {model: waiting.count(model) for model in set(waiting)}
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data(), priority=st.integers(-2, 2))
+    def update(self, data, priority):
+        job_id = self.pick(data)
+        twin = self.twins[job_id]
+        try:
+            self.ledger.update(job_id, "a", priority=priority)
+        except NotQueued:
+            assert twin.state != "queued"
+        else:
+            assert twin.state == "queued"
+            twin.priority = priority
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data())
+    def retry(self, data):
+        job_id = self.pick(data)
+        twin = self.twins[job_id]
+        try:
+            self.ledger.retry(job_id, "a")
+        except Conflict:
+            assert twin.state == "completed" or twin.state not in TERMINAL
+            return
+        assert twin.state in TERMINAL - {"completed"}
+        self.twins[job_id] = Twin(twin.model, twin.priority, None, twin.seq, fence=twin.fence + 1)
+
+    @precondition(lambda self: self.twins)
+    @rule(data=st.data())
+    def delete(self, data):
+        # Only the refusal: a deleted job would leave the model's numbering with a hole.
+        job_id = self.pick(data)
+        if self.twins[job_id].state not in TERMINAL:
+            try:
+                self.ledger.delete(job_id, "a")
+            except NotTerminal:
+                return
+            raise AssertionError("a job that has not ended was deleted")
+
+    @invariant()
+    def every_job_is_what_the_model_says(self):
+        for job_id, twin in self.twins.items():
+            record = self.ledger.get(job_id)
+            assert (record.state, record.fence, record.deaths) == (twin.state, twin.fence, twin.deaths)
+            assert record.attempts == twin.attempts
+
+    @invariant()
+    def every_log_is_whole_and_ends_once(self):
+        for job_id, twin in self.twins.items():
+            log = self.ledger.events(job_id)
+            first = log[0]["sequence_number"]
+            assert [event["sequence_number"] for event in log] == list(range(first, first + len(log)))
+            assert [event["delta"] for event in log if event["type"] == DELTA] == twin.deltas
+            ends = [event["type"] for event in log if event["type"].removeprefix("job.") in TERMINAL]
+            assert ends == ([f"job.{twin.state}"] if twin.state in TERMINAL else [])
+
+    @invariant()
+    def indexes_agree_with_the_records(self):
+        prefix, redis = self.ledger.prefix, self.ledger.redis
+        members = {name: self.members(name) for name in ("leases", "deadlines", "finished")}
+        assert members["leases"] == {i for i, twin in self.twins.items() if twin.held}
+        assert members["finished"] == {i for i, twin in self.twins.items() if twin.state in TERMINAL}
+        assert members["deadlines"] == {i for i, t in self.twins.items() if t.state == "queued" and t.deadline}
+        for model in MODELS:
+            mine = {i: twin for i, twin in self.twins.items() if twin.model == model}
+            queued = {i for i, twin in mine.items() if twin.state == "queued"}
+            assert redis.zcard(f"{prefix}waiting:{model}") == len(queued)
+            assert self.members(f"ages:{model}") == queued
+            assert self.members(f"running:{model}") == {i for i, twin in mine.items() if twin.held}
+        for state in {twin.state for twin in self.twins.values()}:
+            assert self.members(f"in:{state}:a") == {i for i, twin in self.twins.items() if twin.state == state}
+
+    def members(self, name):
+        return {member.decode() for member in self.ledger.redis.zrange(self.ledger.prefix + name, 0, -1)}
+
+
+def test_any_order_of_calls_gives_the_answers_of_the_model(redis_server):
+    run_state_machine_as_test(
+        lambda: LedgerMachine(redis_server.url),
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
