@@ -35,7 +35,7 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COMPILE_SECONDS = 300
 MIN_PARALLEL_ELEMENTS = 32768
 
-Functions = Mapping[tuple[str, torch.dtype], Callable[..., None]]
+Functions = Mapping[tuple[str, torch.dtype], Callable[..., int]]
 
 #: What became of each op's C++ path: "ready (<path>)", "no compiler (...)" or "failed: <the compiler's words>".
 _states: dict[str, str] = {}
@@ -55,16 +55,17 @@ def status() -> dict[str, str]:
 def bind(op: str, signatures: Mapping[str, Sequence[Any]]) -> Functions | None:
     """(name, dtype) -> C function of csrc/<op>.cpp, whose symbols are <name>_f32 and <name>_bf16.
 
-    signatures gives the ctypes argument types of each name. None when the op has no C++ path here.
+    signatures gives the ctypes argument types of each name; a result, if any, is an int64. None when the op has no
+    C++ path here.
     """
     loaded = library(op)
     if loaded is None:
         return None
-    functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+    functions: dict[tuple[str, torch.dtype], Callable[..., int]] = {}
     for name, arguments in signatures.items():
         for dtype, suffix in SUFFIXES.items():
             function = getattr(loaded, f"{name}_{suffix}")
-            function.argtypes, function.restype = list(arguments), None
+            function.argtypes, function.restype = list(arguments), ctypes.c_int64
             functions[name, dtype] = function
     return functions
 

@@ -1,20 +1,26 @@
 """y = x @ weight.T + bias, with the weight laid out once for the machine's matrix product.
 
-On CPU, oneDNN's own blocked layout ("prepacked") is 1.2 to 4 times faster than `F.linear` at the row counts of
-decoding, because the plain call copies or strides over the weight every time. The plain weight is not kept.
+On CPU the weight is packed at load, for csrc/linear.cpp where the CPU has the vectors for it, else for oneDNN, whose
+blocked layout also beats `F.linear` 1.2 to 4 times at the row counts of decoding. The plain weight is not kept.
 
-A row's result does not depend on how many rows come with it. oneDNN's sums do not change with the row count from two
-rows up (measured from 2 to 1024 over these shapes and dtypes), but one row alone may be summed in another order; so
-one row is computed as two, which costs nothing while the weight's bytes are what takes the time.
+A row's result does not depend on how many rows come with it. The C++ path sums every output input by input. oneDNN's
+sums do not change with the row count from two rows up (measured from 2 to 1024 over this project's shapes), but one
+row alone may be summed in another order; so there one row is computed as two, which costs nothing while the weight's
+bytes are what takes the time.
 """
 
 from __future__ import annotations
+
+import functools
+from ctypes import c_int64, c_void_p
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+from inferfleet.kernels import build
+
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,23 +29,46 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class PackedLinear:
-    """A linear layer without a plain weight: call it with x [..., K] to get [..., N].
+    """A linear layer without a plain weight: call it with x [..., K] to get [..., N], dtype and device as the weight's.
 
-    weight [N, K] and bias [N] are taken over; drop yours after this, or memory holds both. Where oneDNN has no
-    path (CUDA, other dtypes) the plain weight is kept and `F.linear` runs.
+    weight [N, K] and bias [N] are taken over; drop yours after this, or memory holds both. `layout` says what the
+    weight became: "panels" (csrc/linear.cpp), "onednn", or "plain" where neither has a path (CUDA, other dtypes).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        self.bias = bias
-        self.is_packed = _can_pack(weight)
-        weight = weight.detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if self.is_packed else weight
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.layout = best_layout(weight)
+        self.weight = _PACKERS[self.layout](weight.detach())
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.is_packed:
+        if self.layout == "plain":
             return F.linear(x, self.weight, self.bias)
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            wanted = f"[..., {self.in_features}] of {self.dtype}"
+            raise ValueError(f"this linear takes {wanted}, not {list(x.shape)} of {x.dtype}")
+        return self._panels(x) if self.layout == "panels" else self._onednn(x)
+
+    def _panels(self, x: Tensor) -> Tensor:
+        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, self.in_features).contiguous()
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
+        native = panels()
+        assert native is not None, "the weight lies in panels, so there was a library"
+        native["linear", self.dtype](
+            out.data_ptr(),
+            rows.data_ptr(),
+            self.weight.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            rows.shape[0],
+            self.out_features,
+            self.in_features,
+            rows.stride(0),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _onednn(self, x: Tensor) -> Tensor:
         if x.numel() == self.in_features:
             pair = x.reshape(1, -1).expand(2, -1).contiguous()
             return self._multiply(pair)[:1].view(*x.shape[:-1], self.out_features)
@@ -49,7 +78,47 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype not in _PACKED_DTYPES or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+@functools.cache
+def panels() -> build.Functions | None:
+    """The C++ path's functions, or None where there is no compiler."""
+    linear = [*[c_void_p] * 4, *[c_int64] * 5]
+    pack = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
+    return build.bind(
+        "linear", {"linear": linear, "pack": pack, "packed_size": [c_int64, c_int64], "suits_machine": []}
+    )
+
+
+def panels_suit(dtype: torch.dtype) -> bool:
+    """Whether csrc/linear.cpp is the fastest product that this CPU has for the dtype."""
+    native = panels() if dtype in build.SUFFIXES else None
+    return native is not None and bool(native["suits_machine", dtype]())
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """weight [N, K] on the CPU -> its panels, flat, as csrc/product.h describes them."""
+    native = panels()
+    assert native is not None, "ask panels_suit first"
+    outputs, inputs = weight.shape
+    weight = weight.contiguous()
+    packed = torch.empty(native["packed_size", weight.dtype](outputs, inputs), dtype=weight.dtype)
+    native["pack", weight.dtype](packed.data_ptr(), weight.data_ptr(), outputs, inputs, torch.get_num_threads())
+    return packed
+
+
+def best_layout(weight: Tensor) -> str:
+    """What the weight should become on its device: "panels", "onednn" or "plain"."""
+    if weight.device.type != "cpu":
+        return "plain"
+    if panels_suit(weight.dtype):
+        return "panels"
+    has_onednn = torch.backends.mkldnn.is_available() and weight.dtype in _ONEDNN_DTYPES
+    if weight.dtype == torch.bfloat16:
+        has_onednn = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "onednn" if has_onednn else "plain"
+
+
+def _pack_onednn(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+_PACKERS = {"panels": pack_panels, "onednn": _pack_onednn, "plain": lambda weight: weight}

@@ -8,9 +8,14 @@ chose is not read at all.
 
 from __future__ import annotations
 
+import functools
+from ctypes import c_int64, c_void_p
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from inferfleet.kernels import build, linear
 from inferfleet.kernels.gated_activation import Kind, gated_activation
 from inferfleet.kernels.linear import PackedLinear
 
@@ -22,8 +27,8 @@ def reference(
     out = torch.zeros(x.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
     for expert in topk_ids.unique().tolist():
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
-        hidden = gated_activation(torch.nn.functional.linear(x[token], gate_up[expert]), activation)
-        part = torch.nn.functional.linear(hidden, down[expert]).float()
+        hidden = gated_activation(F.linear(x[token], gate_up[expert]), activation)
+        part = F.linear(hidden, down[expert]).float()
         out.index_add_(0, token, part * topk_weights[token, choice].float().unsqueeze(1))
     return out.to(x.dtype)
 
@@ -31,40 +36,84 @@ def reference(
 def fused_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, topk_ids: Tensor, topk_weights: Tensor, activation: Kind
 ) -> Tensor:
-    """x [T, H], gate_up [E, 2I, H] (gate first), down [E, H, I], topk_ids and topk_weights [T, K] -> [T, H]."""
+    """x [T, H], gate_up [E, 2I, H] (gate first), down [E, H, I], topk_ids and topk_weights [T, K] -> [T, H].
+
+    For weights that stay as they are; a model packs them once with `PackedExperts`.
+    """
     return reference(x, gate_up, down, topk_ids, topk_weights, activation)
 
 
 class PackedExperts:
     """The same product over weights that were laid out once: call it with (x, topk_ids, topk_weights).
 
-    gate_up [E, 2I, H] and down [E, H, I] are taken over; drop yours after this, or memory holds both.
+    gate_up [E, 2I, H] and down [E, H, I] are taken over; drop yours after this, or memory holds both. On a CPU that
+    csrc/moe.cpp suits, one call does all experts; elsewhere each chosen expert runs two packed linears.
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor, activation: Kind) -> None:
         self.activation = activation
-        self.gate_up = [PackedLinear(weight) for weight in gate_up]
-        self.down = [PackedLinear(weight) for weight in down]
+        self.dtype, self.num_experts = gate_up.dtype, gate_up.shape[0]
+        self.hidden, self.inner = down.shape[1], down.shape[2]
+        self.is_fused = _native() is not None and linear.best_layout(gate_up) == "panels"
+        if self.is_fused:
+            self.gate = _stack(gate_up[:, : self.inner])
+            self.up = _stack(gate_up[:, self.inner :])
+            self.down = _stack(down)
+        else:
+            self.pairs = [
+                (PackedLinear(first), PackedLinear(second)) for first, second in zip(gate_up, down, strict=True)
+            ]
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """x [T, H], topk_ids [T, K] int, topk_weights [T, K] -> [T, H]."""
-        order, counts = _by_expert(topk_ids, len(self.gate_up))
-        token = order // topk_ids.shape[1]
-        gathered = x[token]
-        parts = torch.empty_like(gathered)
+        """x [T, H], topk_ids [T, K] int below E, topk_weights [T, K] -> [T, H]."""
+        run = self._fused if self.is_fused else self._expert_by_expert
+        return run(x, topk_ids, topk_weights)
+
+    def _fused(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        ids, shares = topk_ids.to(torch.int64).contiguous(), topk_weights.to(torch.float32).contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype)
+        native = _native()
+        assert native is not None, "is_fused says so"
+        native[f"experts_{self.activation}", self.dtype](
+            out.data_ptr(),
+            rows.data_ptr(),
+            self.gate.data_ptr(),
+            self.up.data_ptr(),
+            self.down.data_ptr(),
+            ids.data_ptr(),
+            shares.data_ptr(),
+            *ids.shape,
+            self.num_experts,
+            self.hidden,
+            self.inner,
+            rows.stride(0),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _expert_by_expert(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        flat = topk_ids.flatten()
+        order, counts = flat.argsort(stable=True), flat.bincount(minlength=self.num_experts).tolist()
+        gathered = x[order // topk_ids.shape[1]]
+        parts = torch.empty(gathered.shape, dtype=torch.float32, device=x.device)
         begin = 0
-        for expert, count in enumerate(counts):
+        for (gate_up, down), count in zip(self.pairs, counts, strict=True):
             if count:
                 rows = slice(begin, begin + count)
-                hidden = gated_activation(self.gate_up[expert](gathered[rows]), self.activation)
-                parts[rows] = self.down[expert](hidden)
+                parts[rows] = down(gated_activation(gate_up(gathered[rows]), self.activation))
                 begin += count
-        weighted = parts.float() * topk_weights.flatten()[order].float().unsqueeze(1)
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        return out.index_add_(0, token, weighted).to(x.dtype)
+        # Back to [T, K, H], so that a token's choices are added in the order of k whatever else is in the batch.
+        by_choice = torch.empty_like(parts).index_copy_(0, order, parts).view(*topk_ids.shape, x.shape[1])
+        return (by_choice * topk_weights.float().unsqueeze(2)).sum(1).to(x.dtype)
 
 
-def _by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """(flat choice indices sorted by expert [T*K], how many choices each expert got)."""
-    flat = topk_ids.flatten()
-    return flat.argsort(stable=True), flat.bincount(minlength=num_experts).tolist()
+@functools.cache
+def _native() -> build.Functions | None:
+    arguments = [*[c_void_p] * 7, *[c_int64] * 7]
+    return build.bind("moe", {"experts_silu": arguments, "experts_gelu_tanh": arguments})
+
+
+def _stack(weights: Tensor) -> Tensor:
+    """[E, N, K] -> the experts' panels one after another."""
+    return torch.cat([linear.pack_panels(weight) for weight in weights])

@@ -20,6 +20,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["panels", "onednn", "plain"])
+def layout(request, monkeypatch):
+    """Every layout that this machine can multiply, not only the one it would choose."""
+    if request.param == "panels" and linear.panels() is None:
+        pytest.skip("no C++ compiler")
+    if request.param == "onednn" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    monkeypatch.setattr(linear, "best_layout", lambda weight: request.param)
+    return request.param
+
+
 def assert_same(actual, expected, rounded=2**-7):
     tolerance = 1e-5 if actual.dtype == torch.float32 else rounded
     assert actual.shape == expected.shape
@@ -34,7 +45,7 @@ def numbers(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("rows", [(1,), (2,), (33,), (2, 5), (1, 1)])
 @pytest.mark.parametrize("inputs,outputs", [(64, 96), (100, 7), (1030, 33)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_packed_linear_equals_the_plain_one(inputs, outputs, rows, with_bias, dtype):
+def test_a_packed_linear_equals_the_plain_one(inputs, outputs, rows, with_bias, dtype, layout):
     weight = numbers(outputs, inputs, dtype=dtype) / inputs**0.5
     bias = numbers(outputs, dtype=dtype, seed=1) if with_bias else None
     x = numbers(*rows, inputs, dtype=dtype, seed=2)
@@ -42,7 +53,7 @@ def test_a_packed_linear_equals_the_plain_one(inputs, outputs, rows, with_bias, 
     assert_same(linear.PackedLinear(weight, bias)(x), linear.reference(x, weight, bias))
 
 
-def test_a_packed_linear_takes_a_slice_of_wider_rows_and_no_rows():
+def test_a_packed_linear_takes_a_slice_of_wider_rows_and_no_rows(layout):
     weight, wide = numbers(48, 64), numbers(9, 100, seed=1)
     packed = linear.PackedLinear(weight)
 
@@ -54,7 +65,9 @@ def test_a_packed_linear_takes_a_slice_of_wider_rows_and_no_rows():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("inputs,outputs", [(3072, 256), (2048, 1024), (640, 640)])
-def test_a_row_is_bit_for_bit_the_same_whatever_comes_with_it(inputs, outputs, threads, dtype):
+def test_a_row_is_bit_for_bit_the_same_whatever_comes_with_it(inputs, outputs, threads, dtype, layout):
+    if layout == "plain":
+        pytest.skip("plain torch sums by the number of rows")
     torch.set_num_threads(threads)
     packed = linear.PackedLinear(numbers(outputs, inputs, dtype=dtype) / inputs**0.5)
     x = numbers(200, inputs, dtype=dtype, seed=1)
@@ -64,11 +77,20 @@ def test_a_row_is_bit_for_bit_the_same_whatever_comes_with_it(inputs, outputs, t
         assert torch.equal(packed(x[-count:]), whole[-count:]), f"{count} rows"
 
 
+def test_a_row_of_the_wrong_size_or_dtype_is_refused():
+    packed = linear.PackedLinear(numbers(48, 64))
+
+    with pytest.raises(ValueError, match=r"\[..., 64\]"):
+        packed(numbers(3, 65))
+    with pytest.raises(ValueError, match=r"bfloat16"):
+        packed(numbers(3, 64).bfloat16())
+
+
 def test_float16_keeps_the_plain_weight():
     weight = numbers(8, 16).half()
     packed = linear.PackedLinear(weight)
 
-    assert not packed.is_packed
+    assert packed.layout == "plain"
     assert_same(packed(numbers(3, 16).half()).float(), (numbers(3, 16).half() @ weight.T).float())
 
 
@@ -82,7 +104,7 @@ def routed(tokens, experts, top_k, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("tokens,experts,top_k", [(1, 8, 2), (5, 4, 4), (70, 16, 3), (3, 32, 1), (0, 4, 2)])
-def test_every_path_of_the_experts_equals_a_token_at_a_time(tokens, experts, top_k, activation, dtype):
+def test_every_path_of_the_experts_equals_a_token_at_a_time(tokens, experts, top_k, activation, dtype, layout):
     hidden, inner = 64, 48
     gate_up, down = (
         numbers(experts, 2 * inner, hidden, dtype=dtype) / 8,
@@ -108,7 +130,9 @@ def token_at_a_time(x, gate_up, down, ids, weights, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_gets_the_same_experts_result_alone_and_in_a_batch(dtype):
+def test_a_token_gets_the_same_experts_result_alone_and_in_a_batch(dtype, layout):
+    if layout == "plain":
+        pytest.skip("plain torch sums by the number of rows")
     gate_up, down = numbers(8, 96, 64, dtype=dtype) / 8, numbers(8, 64, 48, dtype=dtype) / 7
     x, (ids, weights) = numbers(40, 64, dtype=dtype, seed=1), routed(40, 8, 2)
     packed = moe.PackedExperts(gate_up, down, "silu")

@@ -1,19 +1,7 @@
 // act(gate) * up over rows of [gate | up]. See kernels/gated_activation.py for the formula.
-#include "numeric.h"
+#include "activation.h"
 
 namespace {
-
-struct Silu {
-    static float apply(float g) { return g / (1.0f + exp_fast(-g)); }
-};
-
-struct GeluTanh {
-    static float apply(float g) {
-        // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u))
-        const float u = 0.7978845608f * (g + 0.044715f * g * g * g);
-        return g / (1.0f + exp_fast(-2.0f * u));
-    }
-};
 
 template <class Act, class T>
 void gate_rows(T *out, const T *gate_up, int64_t rows, int64_t width, int64_t stride, int64_t threads) {
