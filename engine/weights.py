@@ -57,10 +57,10 @@ def commit_of(folder: Path) -> str | None:
 
 def _download(repo: str, revision: str | None) -> Path:
     # Imported here: a model in a local folder needs no HTTP client in its process.
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,

@@ -228,6 +228,7 @@ def test_gemma_global_heads_count_only_where_values_are_keys():
         ({"vocab_size_per_layer_input": 15}, "vocab_size_per_layer_input is smaller"),
         ({"enable_moe_block": True, "num_experts": 2, "top_k_experts": 3}, "top_k_experts is 3, more than the 2"),
         ({"enable_moe_block": True}, "num_experts is missing"),
+        ({"per_layer_config": {"2": {"head_dim": 6}}}, "layers of one kind must all have the same heads"),
     ],
 )
 def test_an_impossible_gemma_is_named(change, says):
@@ -244,3 +245,4 @@ def test_qwen_windows_need_their_switch():
     sizes = {"num_hidden_layers": 4, "sliding_window": 9, "max_window_layers": 2}
     assert layer_windows(Fields(sizes)) == (None,) * 4
     assert layer_windows(Fields({**sizes, "use_sliding_window": True})) == (None, None, 9, 9)
+    assert layer_windows(Fields({**sizes, "use_sliding_window": True, "sliding_window": None})) == (None,) * 4

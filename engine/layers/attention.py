@@ -42,6 +42,13 @@ class AttentionShape:
         )
 
 
+def sliding_window(text: Fields) -> int | None:
+    """The window of a model's windowed layers; None where use_sliding_window or a null size turns it off."""
+    if not text.boolean("use_sliding_window", False) or text.values.get("sliding_window", 4096) is None:
+        return None
+    return text.integer("sliding_window", 4096)
+
+
 class HeadNormAttention(nn.Module):
     """x [T, H] -> [T, H]: projections, head norms, rotary, attention over the row's context, output projection."""
 

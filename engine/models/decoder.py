@@ -17,7 +17,7 @@ class Decoder(nn.Module):
 
     def skipped_tensors(self) -> Iterable[str]:
         """Regular expressions (whole names) of tensors that a checkpoint may hold and this model has no use for."""
-        return ()
+        yield r".*\.rotary_emb\.inv_freq"  # old uploads stored what the configuration says
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fills every weight from (checkpoint name, tensor); raises WeightsMismatch with all differences."""

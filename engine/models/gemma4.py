@@ -140,6 +140,8 @@ def layer_plans(text: Fields) -> tuple[LayerPlan, ...]:
         _plan(text, index, kind, owners[kind], shared_width)
         for index, kind in enumerate(kinds[first_shared:], start=first_shared)
     ]
+    if len({(plan.kind, plan.head_dim, plan.num_kv_heads) for plan in plans}) > len(owners):
+        raise BadModelConfig(f"{text.where}: the layers of one kind must all have the same heads")
     return tuple(plans)
 
 
@@ -323,10 +325,11 @@ class Gemma4ForCausalLM(Decoder):
 
     def skipped_tensors(self) -> Iterable[str]:
         """The hub's files hold keys and values of layers that share others', and may hold the tied head."""
+        yield from super().skipped_tensors()
         for plan in self.config.layers:
             if not plan.owns_kv:
                 yield rf"{re.escape(self.prefix)}layers\.{plan.index}\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+"
-        if self.config.tied:
+        if self.lm_head.is_tied:
             yield r"lm_head\.weight"
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
@@ -384,6 +387,8 @@ class Gemma4ForConditionalGeneration(Gemma4ForCausalLM):
         ]
         self.media_ids = torch.tensor(media, device=device)
         self.pad_id = text.integer("pad_token_id", 0, least=0)
+        if self.pad_id >= self.config.vocab_size:
+            raise BadModelConfig(f"{text.where}: pad_token_id {self.pad_id} is outside the vocabulary")
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()

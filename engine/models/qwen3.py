@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inferfleet.engine.batch import Batch
 from inferfleet.engine.cache import CacheSpec, LayerSpec
 from inferfleet.engine.config import Fields, text_section
-from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention
+from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention, sliding_window
 from inferfleet.engine.layers.embedding import Embedding, Head
 from inferfleet.engine.layers.mlp import GatedMLP
 from inferfleet.engine.layers.norm import RMSNorm
@@ -73,8 +73,9 @@ class Qwen3ForCausalLM(Decoder):
         return CacheSpec(tuple(LayerSpec(shape.num_kv_heads, shape.head_dim, window) for window in self.windows))
 
     def skipped_tensors(self) -> Iterable[str]:
-        # Some uploads of tied models hold the head as well; it is the embedding again.
-        return (r"lm_head\.weight",) if self.lm_head.is_tied else ()
+        yield from super().skipped_tensors()
+        if self.lm_head.is_tied:
+            yield r"lm_head\.weight"  # some uploads of tied models hold the head as well: the embedding again
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""
@@ -92,7 +93,7 @@ class Qwen3ForCausalLM(Decoder):
 def layer_windows(text: Fields) -> tuple[int | None, ...]:
     """The window of each layer: use_sliding_window turns it on, layer_types or max_window_layers say where."""
     count = text.integer("num_hidden_layers")
-    window = text.integer("sliding_window", 4096) if text.boolean("use_sliding_window", False) else None
+    window = sliding_window(text)
     first = text.integer("max_window_layers", 28, least=0)
     default = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
     kinds = text.list_of(str, "layer_types", default)

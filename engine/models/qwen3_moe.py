@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inferfleet.engine.batch import Batch
 from inferfleet.engine.cache import CacheSpec, LayerSpec
 from inferfleet.engine.config import Fields, text_section
-from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention
+from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention, sliding_window
 from inferfleet.engine.layers.embedding import Embedding, Head
 from inferfleet.engine.layers.experts import Experts
 from inferfleet.engine.layers.linear import Linear
@@ -86,8 +86,7 @@ class Qwen3MoeForCausalLM(Decoder):
         text.refuse("hidden_act", "silu")
         default_head_dim = text.integer("hidden_size") // text.integer("num_attention_heads")
         self.shape = shape = AttentionShape.read(text, default_head_dim=default_head_dim)
-        # Unlike in the dense model, a window holds for every layer.
-        self.window = text.integer("sliding_window", 4096) if text.boolean("use_sliding_window", False) else None
+        self.window = sliding_window(text)  # unlike in the dense model, for every layer
         vocab, count = text.integer("vocab_size"), text.integer("num_hidden_layers")
         self.embed_tokens = Embedding(vocab, shape.hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(Block(text, shape, index, dtype=dtype, device=device) for index in range(count))
@@ -101,8 +100,9 @@ class Qwen3MoeForCausalLM(Decoder):
         return CacheSpec((LayerSpec(self.shape.num_kv_heads, self.shape.head_dim, self.window),) * len(self.layers))
 
     def skipped_tensors(self) -> Iterable[str]:
-        # Some uploads of tied models hold the head as well; it is the embedding again.
-        return (r"lm_head\.weight",) if self.lm_head.is_tied else ()
+        yield from super().skipped_tensors()
+        if self.lm_head.is_tied:
+            yield r"lm_head\.weight"  # some uploads of tied models hold the head as well: the embedding again
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""

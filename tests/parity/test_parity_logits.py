@@ -6,8 +6,12 @@ import random
 
 import pytest
 import torch
-from parity.checkpoints import ARCHITECTURES
+from parity.checkpoints import ARCHITECTURES, write
 from parity.direct import Direct
+from safetensors.torch import load_file, save_file
+
+from inferfleet.engine.families import load_model
+from inferfleet.engine.model_errors import WeightsMismatch
 
 NAMES = list(ARCHITECTURES)
 SEEDS = range(6)
@@ -124,6 +128,31 @@ def kl(exact: torch.Tensor, other: torch.Tensor) -> float:
     """Mean KL(exact || other) over rows of logits, in nats."""
     p, q = exact.double().log_softmax(-1), other.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_checkpoint_is_told_with_every_tensor_that_is_wrong(name, tmp_path):
+    # Given a checkpoint of which one tensor is gone, one has a stranger's name and one another shape,
+    write(name, 0, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone, renamed, reshaped = (
+        next(name for name in tensors if name.endswith(end))
+        for end in (
+            "layers.0.self_attn.q_norm.weight",
+            "layers.1.input_layernorm.weight",
+            "layers.0.self_attn.o_proj.weight",
+        )
+    )
+    del tensors[gone]
+    tensors["model.stranger"] = tensors.pop(renamed)
+    tensors[reshaped] = tensors[reshaped][:-1].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    # when it is loaded, then one error names all of it, and nothing else.
+    with pytest.raises(WeightsMismatch) as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert set(caught.value.missing) == {gone, renamed}
+    assert caught.value.extra == ("model.stranger",)
+    assert [text.partition(" ")[0] for text in caught.value.misshapen] == [reshaped]
 
 
 def test_a_bfloat16_checkpoint_in_shards_runs_in_float32(reference, load):
