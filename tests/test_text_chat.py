@@ -4,6 +4,8 @@ import json
 
 import pytest
 import text_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inferfleet.engine.text.chat import ChatTemplate, ChatTemplateError
 from inferfleet.engine.text.prompt import PromptEncoder
@@ -253,6 +255,25 @@ def test_private_characters_in_content_are_text(families):
     assert encoder.template.render(chat).plain
     plain = messages(("user", "\U000f0000 a \U000f0001"))
     assert encoder.encode_chat(plain) == reference(oracle, plain)
+
+
+PIECES = ["a", " ", "\n", "<", "|>", "<tu", "rn|>", "<|im_", "end|>"]
+PIECES += ["<|im_end|>", "<|im_start|>", "<turn|>", "<|turn>", "<|channel>", "<channel|>", "<|end|>", "<bos>"]
+PIECES += ["<think>", "</think>", "<tool_response>", "</tool_response>"]
+contents = st.lists(st.sampled_from(PIECES), max_size=7).map("".join)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(contents, min_size=1, max_size=5))
+def test_any_spelling_renders_as_in_transformers_and_writes_no_special_token(families, family, texts):
+    oracle, encoder = families[family]
+    roles = ["user", "assistant"] * 3
+    chat, empty = messages(*zip(roles, texts, strict=False)), messages(*((role, "") for role in roles[: len(texts)]))
+    rendered = encoder.template.render(chat)
+    assert rendered.text == oracle.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = encoder.encode_chat(chat)
+    assert special_tokens(encoder, ids) == special_tokens(encoder, encoder.encode_chat(empty))
 
 
 # content and roles

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from inferfleet.engine.text.markers import Marks, Span, TokenMarker
+from inferfleet.engine.text.markers import LASTING, TRIMMED, Marks, Span, TokenMarker
 from inferfleet.engine.text.sandbox import TemplateSandbox, literals
 from inferfleet.engine.text.tokenizer import Tokenizer, TokenizerError, read_json
 
@@ -91,14 +91,26 @@ class ChatTemplate:
             raise ChatTemplateError("messages must hold at least one message")
         prepared = [self._prepare(message) for message in messages]
         rest = {**kwargs, "tools": tools, "documents": documents}
-        marks = Marks([prepared, rest])
-        given = {
-            **self._special_tokens,
-            **self._others.mark(rest, marks),
-            "messages": [self._marker_of(message).mark(message, marks) for message in prepared],
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return Rendered(*self._others.unmark(self._run(given), marks))
+        given = {**self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        rendered, any_marks = self._render_marked(prepared, rest, given, Marks(LASTING))
+        if not any_marks:
+            return rendered
+        exact = self._run({**given, **rest, "messages": prepared})
+        if rendered.text == exact:
+            return rendered
+        # Where the template cut out a marked token, the mark may have kept it from trimming. Marks that are trimmed
+        # may be lost with their meaning, so they count only if they find the template's own tokens and no others.
+        other, _ = self._render_marked(prepared, rest, given, Marks(TRIMMED))
+        own, others_own = (self._others.not_in(one.text, one.plain) for one in (rendered, other))
+        return other if other.text == exact and own == others_own else rendered
+
+    def _render_marked(
+        self, messages: Sequence[Message], rest: Mapping[str, Any], given: Mapping[str, Any], marks: Marks
+    ) -> tuple[Rendered, bool]:
+        """(the prompt, whether anything in it needed a mark)."""
+        marked = [self._marker_of(message).mark(message, marks) for message in messages]
+        text = self._run({**given, **self._others.mark(rest, marks), "messages": marked})
+        return Rendered(*self._others.unmark(text, marks)), marks.used
 
     def _marker_of(self, message: Message) -> TokenMarker:
         return self._assistants if message.get("role") == "assistant" else self._others

@@ -1,21 +1,26 @@
 """Telling a message's spelling of a control token from the template's: marks that go through the template.
 
-Every spelling gets private characters beside it, never inside, so that the template still finds, splits at and tests
-for it. One that begins a string has its mark behind only, one that ends a string before only: `startswith`,
-`endswith` and `trim` see what they would see without marks. Each token has marks of its own, and a mark counts only
-beside its own token; what a template leaves behind when it cuts a token out means nothing.
+Every spelling gets marks beside it, never inside, so that the template still finds, splits at and tests for it. One
+that begins a string has its mark behind only, one that ends a string before only: `startswith`, `endswith` and `trim`
+see what they would see without marks. Each token has marks of its own, and a mark counts only beside its own token;
+one that is left behind when the template cuts its token out means nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
-#: Private-use plane 15; Marks takes characters that the messages do not use.
-_MARKS = range(0xF0000, 0xFFFFE)
+#: What marks are made of. Private-use characters stay wherever a template puts the text beside them.
+LASTING = "".join(map(chr, range(0xF0000, 0xF000B)))
+#: Rare spaces: a trim takes them away, and with them what they would keep it from trimming.
+TRIMMED = "".join(map(chr, range(0x2000, 0x200B)))
+
+_BASE = len(LASTING)
+_NUM_DIGITS = 5
 
 #: (start, end) of characters in a text.
 Span = tuple[int, int]
@@ -32,37 +37,53 @@ class Kind(IntEnum):
     CUT = 4
 
 
-@dataclass
+Mark = tuple[Kind, str]
+
+
 class Marks:
-    """The marks of one conversation: characters that occur nowhere in it."""
+    """The marks of one rendering, random, so that no message can contain them."""
 
-    values: object
-    _meaning: dict[str, tuple[Kind, str]] = field(default_factory=dict)
-    _char: dict[tuple[Kind, str], str] = field(default_factory=dict)
+    def __init__(self, alphabet: str = LASTING) -> None:
+        self._alphabet = alphabet
+        self._sign = "".join(secrets.choice(alphabet) for _ in range(12))
+        # Between two texts that must not grow together, so it has to last.
+        self._cut = "".join(secrets.choice(LASTING) for _ in range(12))
+        self._marks: list[Mark] = []
+        self._texts: dict[Mark, str] = {}
+        #: Whether any were asked for.
+        self.used = False
 
-    def __post_init__(self) -> None:
-        used = {char for text in _strings(self.values) if not text.isascii() for char in text}
-        self._free = (char for char in map(chr, _MARKS) if char not in used)
+    def text(self, kind: Kind, token: str) -> str:
+        """The mark itself."""
+        self.used = True
+        mark = kind, token
+        if mark not in self._texts:
+            self._texts[mark] = self._sign + self._spell(len(self._marks))
+            self._marks.append(mark)
+        return self._texts[mark]
 
-    def char(self, kind: Kind, token: str = "") -> str:
-        key = kind, token
-        if key not in self._char:
-            self._char[key] = next(self._free)
-            self._meaning[self._char[key]] = key
-        return self._char[key]
+    def cut(self) -> str:
+        self.used = True
+        return self._cut
 
-    def take_out(self, text: str) -> tuple[str, dict[int, set[tuple[Kind, str]]]]:
+    def take_out(self, text: str) -> tuple[str, dict[int, set[Mark]]]:
         """(text without marks, position in it -> the marks that stood there)."""
-        found: dict[int, set[tuple[Kind, str]]] = {}
-        if not self._meaning:
-            return text, found
-        parts = re.split(f"([{''.join(self._meaning)}])", text)
+        found: dict[int, set[Mark]] = {}
+        parts = re.split(f"({self._cut}|{self._sign}[{self._alphabet}]{{{_NUM_DIGITS}}})", text)
         position = 0
-        for clean, mark in zip(parts[::2], [*parts[1::2], ""], strict=True):
+        for clean, mark in zip(parts[::2], parts[1::2], strict=False):
             position += len(clean)
-            if mark:
-                found.setdefault(position, set()).add(self._meaning[mark])
+            found.setdefault(position, set()).add(self._read(mark))
         return "".join(parts[::2]), found
+
+    def _read(self, mark: str) -> Mark:
+        if mark == self._cut:
+            return Kind.CUT, ""
+        digits = map(self._alphabet.index, mark[len(self._sign) :])
+        return self._marks[sum(digit * _BASE**place for place, digit in enumerate(digits))]
+
+    def _spell(self, number: int) -> str:
+        return "".join(self._alphabet[number // _BASE**place % _BASE] for place in range(_NUM_DIGITS))
 
 
 class TokenMarker:
@@ -77,7 +98,7 @@ class TokenMarker:
     def mark(self, value: Any, marks: Marks) -> Any:
         """A copy in plain containers with every string marked; keys only where they spell a whole token."""
         if isinstance(value, str):
-            return self._mark_text(self._cut_end(value, marks), marks)
+            return self._mark_text(value, marks)
         if isinstance(value, Mapping):
             return {self._mark_key(key, marks): self.mark(item, marks) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -85,20 +106,16 @@ class TokenMarker:
         return value
 
     def _mark_key(self, key: Any, marks: Marks) -> Any:
-        return self._mark_text(key, marks) if isinstance(key, str) else key
+        return self._mark_text(key, marks) if isinstance(key, str) and self._spelling.search(key) else key
 
     def _mark_text(self, text: str, marks: Marks) -> str:
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-
-        def marked(match: re.Match[str]) -> str:
-            token = match[0]
-            if match.start() == first:
-                return token + marks.char(Kind.BEFORE_ME_ALONE, token)
-            if match.end() == last:
-                return marks.char(Kind.BEHIND_ME_ALONE, token) + token
-            return marks.char(Kind.BEHIND_ME, token) + token + marks.char(Kind.BEFORE_ME, token)
-
-        return self._spelling.sub(marked, text)
+        parts, done = [], 0
+        for match in self._spelling.finditer(text):
+            parts.append(self._cut_end(text[done : match.start()], marks))
+            parts.append(_beside(match[0], match.start() == first, match.end() == last, marks))
+            done = match.end()
+        return "".join(parts) + self._cut_end(text[done:], marks)
 
     def _cut_end(self, text: str, marks: Marks) -> str:
         """A text may end with a token's beginning and the next go on with its rest: cut behind the first letter."""
@@ -106,7 +123,7 @@ class TokenMarker:
         for size in range(min(self._longest_head, end), 0, -1):
             if text[end - size : end] in self._heads:
                 at = end - size + 1
-                return text[:at] + marks.char(Kind.CUT) + text[at:]
+                return text[:at] + marks.cut() + text[at:]
         return text
 
     def unmark(self, text: str, marks: Marks) -> tuple[str, tuple[Span, ...]]:
@@ -117,8 +134,21 @@ class TokenMarker:
         spans = (match.span() for match in self._spelling.finditer(clean))
         return clean, tuple(span for span in spans if _is_marked(clean, span, found))
 
+    def not_in(self, text: str, spans: Iterable[Span]) -> list[str]:
+        """The tokens that the text spells elsewhere than in these spans."""
+        theirs = set(spans)
+        return [match[0] for match in self._spelling.finditer(text) if match.span() not in theirs]
 
-def _is_marked(text: str, span: Span, found: Mapping[int, set[tuple[Kind, str]]]) -> bool:
+
+def _beside(token: str, first: bool, last: bool, marks: Marks) -> str:
+    if first:
+        return token + marks.text(Kind.BEFORE_ME_ALONE, token)
+    if last:
+        return marks.text(Kind.BEHIND_ME_ALONE, token) + token
+    return marks.text(Kind.BEHIND_ME, token) + token + marks.text(Kind.BEFORE_ME, token)
+
+
+def _is_marked(text: str, span: Span, found: Mapping[int, set[Mark]]) -> bool:
     start, end = span
     token = text[start:end]
     before, behind = found.get(start, set()), found.get(end, set())
@@ -128,18 +158,6 @@ def _is_marked(text: str, span: Span, found: Mapping[int, set[tuple[Kind, str]]]
         or ((Kind.BEHIND_ME, token) in before and (Kind.BEFORE_ME, token) in behind)
         or any(position in found for position in range(start + 1, end))
     )
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
 
 
 def _longest_of(words: Iterable[str]) -> str:
