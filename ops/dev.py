@@ -167,7 +167,7 @@ def demo(_: argparse.Namespace) -> None:
                 wait_ready(fleet, url, log)
             for question in DEMO_QUESTIONS:
                 print(f"\n> {question}", flush=True)
-                run([cli, "chat", "--url", url, "--temperature", "0", question])
+                run([cli, "chat", "--api-url", url, "--temperature", "0", question])
         finally:
             stop(fleet)
     print(f"\nDone in {time.monotonic() - started:.1f} s. `.venv/bin/inferfleet up --demo` keeps it running.")
