@@ -64,9 +64,16 @@ class Contract(BaseModel):
 C = TypeVar("C", bound=Contract)
 
 
-def form(value: Any) -> str:
+def form(value: Any) -> str | None:
     """Which of the two forms a value takes; the tags are cut out of error paths."""
-    return "<string>" if isinstance(value, str) else "<list>"
+    if isinstance(value, str):
+        return "<string>"
+    return "<list>" if isinstance(value, list) else None
+
+
+EITHER = Discriminator(
+    form, custom_error_type="either", custom_error_message="Input should be a valid string or a valid list"
+)
 
 
 class TextPart(Contract):
@@ -86,11 +93,11 @@ class TextPart(Contract):
 Content = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
-    Discriminator(form),
+    EITHER,
 ]
 Stop = Annotated[
     Annotated[StopString, Tag("<string>")] | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag("<list>")],
-    Discriminator(form),
+    EITHER,
 ]
 
 
@@ -216,7 +223,8 @@ class ChatCompletionRequest(QueueOptions):
 
     def plain_messages(self) -> list[dict[str, Any]]:
         """The messages as JSON values, absent fields left out."""
-        return [message.model_dump(exclude_none=True) for message in self.messages]
+        said = {"role", "content", "name", "tool_call_id"}
+        return [message.model_dump(include=said, exclude_none=True) for message in self.messages]
 
     def sampling(self) -> dict[str, Any]:
         """What was given of the engine's SamplingParams fields."""
