@@ -1,4 +1,4 @@
-"""A real worker on a real Redis with scripted engines: turns, limits, cancels, drains. Faults: test_worker_faults.py."""
+"""A real worker on a real Redis with scripted engines: turns, limits, cancels, drains. Faults are tested elsewhere."""
 
 import json
 import signal
