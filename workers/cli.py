@@ -51,6 +51,7 @@ def up(
     json: Json = False,
 ) -> None:
     """Run everything on this machine: Redis (unless one is set), the API and a worker. Ctrl-C drains and stops it."""
+    from inferfleet.workers.embedded import free_port
     from inferfleet.workers.up import Plan, run_up
 
     settings = load_settings({"models": named_models(model), "api_host": host, "api_port": port, "data_dir": data})
@@ -62,7 +63,7 @@ def up(
         folder=data_dir(settings),
         models=waited | dict(flag.split("=", 1) for flag in flags),
         host=settings.api_host,
-        port=settings.api_port,
+        port=settings.api_port or free_port(),
         redis_url=settings.redis_url if "redis_url" in settings.model_fields_set else None,
         namespace=settings.namespace,
         grace=settings.drain_grace_seconds,
@@ -95,7 +96,8 @@ def worker(model: Models = None) -> None:
 @app.command()
 def models(json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """List the models that the fleet serves."""
-    listed = api_client(api_url, api_key).request("GET", "/v1/models")
+    with api_client(api_url, api_key) as client:
+        listed = client.request("GET", "/v1/models")
     if json:
         print_json(listed)
         return

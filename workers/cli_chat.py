@@ -28,22 +28,22 @@ def chat(
     api_key: ApiKey = None,
 ) -> None:
     """Ask a model. The answer streams as it is written; Ctrl-C stops it and cancels the job."""
-    client = api_client(api_url, api_key)
     options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    body: dict[str, Any] = {"model": pick_model(client, model)}
-    body |= {name: value for name, value in options.items() if value is not None}
     messages = [{"role": "system", "content": system}] if system else []
     prompt = _prompt(question)
-    if prompt is None:
+    if prompt is None and json:
+        raise typer.BadParameter("a conversation cannot be printed as JSON: give a question", param_hint="--json")
+    with api_client(api_url, api_key) as client:
+        body: dict[str, Any] = {"model": pick_model(client, model)}
+        body |= {name: value for name, value in options.items() if value is not None}
+        if prompt is None:
+            _converse(client, body, messages)
+            return
+        body["messages"] = [*messages, {"role": "user", "content": prompt}]
         if json:
-            raise typer.BadParameter("a conversation cannot be printed as JSON: give a question", param_hint="--json")
-        _converse(client, body, messages)
-        return
-    body["messages"] = [*messages, {"role": "user", "content": prompt}]
-    if json:
-        print_json(client.request("POST", "/v1/chat/completions", body=body))
-    else:
-        _stream(client, body)
+            print_json(client.request("POST", "/v1/chat/completions", body=body))
+        else:
+            _stream(client, body)
 
 
 def _prompt(question: str | None) -> str | None:

@@ -30,6 +30,15 @@ class ApiClient:
         local = httpx2.URL(self.url).host in ("127.0.0.1", "localhost", "::1")
         self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=not local)
 
+    def __enter__(self) -> "ApiClient":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
     def request(
         self, method: str, path: str, *, body: Any = None, params: dict[str, str] | None = None
     ) -> dict[str, Any]:

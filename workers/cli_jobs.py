@@ -5,12 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from inferfleet.tasks.names import TERMINAL
+from inferfleet.workers.cli_http import ApiClient
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models
 from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_json, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
 
-TERMINAL = {"completed", "failed", "cancelled", "expired", "incomplete"}
 #: The API holds one long poll at most this long.
 POLL_SECONDS = 30
 
@@ -36,7 +37,8 @@ def list_jobs(
         if not found:
             raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--metadata")
         params[f"metadata[{key}]"] = value
-    page = api_client(api_url, api_key).request("GET", "/v1/jobs", params=params)
+    with api_client(api_url, api_key) as client:
+        page = client.request("GET", "/v1/jobs", params=params)
     if json:
         print_json(page)
         return
@@ -49,7 +51,8 @@ def list_jobs(
 @app.command()
 def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Show one job: its state, times, answer or error."""
-    job = api_client(api_url, api_key).request("GET", f"/v1/jobs/{job_id}")
+    with api_client(api_url, api_key) as client:
+        job = client.request("GET", f"/v1/jobs/{job_id}")
     print_json(job) if json else print_job(job)
 
 
@@ -62,30 +65,37 @@ def wait(
     api_key: ApiKey = None,
 ) -> None:
     """Wait until a job has ended. Exit code 0 when it completed, 5 when it did not."""
-    client = api_client(api_url, api_key)
+    with api_client(api_url, api_key) as client:
+        job = _wait_for_end(client, job_id, timeout)
+    print_json(job) if json else print_job(job)
+    if job["status"] not in ("completed", "incomplete"):
+        raise typer.Exit(EXIT_JOB)
+
+
+def _wait_for_end(client: ApiClient, job_id: str, timeout: float | None) -> dict[str, Any]:
+    """The job when it has ended or the time is over."""
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
         seconds = max(0, min(POLL_SECONDS, round(left)))
         job = client.request("GET", f"/v1/jobs/{job_id}", params={"wait": str(seconds)})
         if job["status"] in TERMINAL or (deadline is not None and time.monotonic() >= deadline):
-            break
-    print_json(job) if json else print_job(job)
-    if job["status"] not in ("completed", "incomplete"):
-        raise typer.Exit(EXIT_JOB)
+            return job
 
 
 @app.command()
 def cancel(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Cancel a job: at once while it is queued, at the next step while it runs."""
-    job = api_client(api_url, api_key).request("POST", f"/v1/jobs/{job_id}/cancel")
+    with api_client(api_url, api_key) as client:
+        job = client.request("POST", f"/v1/jobs/{job_id}/cancel")
     print_json(job) if json else out.print(f"{job['id']} {job['status']}")
 
 
 @app.command()
 def retry(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Queue a job again that failed, expired or was cancelled."""
-    job = api_client(api_url, api_key).request("POST", f"/v1/jobs/{job_id}/retry")
+    with api_client(api_url, api_key) as client:
+        job = client.request("POST", f"/v1/jobs/{job_id}/retry")
     print_json(job) if json else out.print(f"{job['id']} {job['status']}")
 
 

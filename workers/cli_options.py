@@ -16,7 +16,8 @@ from inferfleet.workers.up import running_fleet
 def complete_models(incomplete: str) -> list[str]:
     """Names of served models, for the shell; nothing when the API does not answer quickly."""
     try:
-        models = api_client(None, None, quick=True).request("GET", "/v1/models")["data"]
+        with api_client(None, None, quick=True) as client:
+            models = client.request("GET", "/v1/models")["data"]
     except FleetError:
         return []
     return [model["id"] for model in models if model["id"].startswith(incomplete)]
@@ -25,7 +26,8 @@ def complete_models(incomplete: str) -> list[str]:
 def complete_jobs(incomplete: str) -> list[tuple[str, str]]:
     """Ids of the latest jobs with their states, for the shell."""
     try:
-        jobs = api_client(None, None, quick=True).request("GET", "/v1/jobs", params={"limit": "50"})["data"]
+        with api_client(None, None, quick=True) as client:
+            jobs = client.request("GET", "/v1/jobs", params={"limit": "50"})["data"]
     except FleetError:
         return []
     return [(job["id"], job["status"]) for job in jobs if job["id"].startswith(incomplete)]

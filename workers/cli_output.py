@@ -38,6 +38,8 @@ HINTS = {
     "settings_error": "see inferfleet.toml and the INFERFLEET_* environment variables",
 }
 
+PIPE_WIDTH = 400
+
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -49,10 +51,13 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A plain table; cells are shown as they are, never read as markup."""
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ignore")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    out.print(table)
+    # A pipe has no width: what is cut there is lost to grep and awk.
+    out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
 
 
 def print_error(error: FleetError) -> None:

@@ -32,6 +32,7 @@ class Child:
     process: "subprocess.Popen[bytes]"
     log: Path
     started: float = field(default_factory=time.monotonic)
+    asked: bool = False
 
     def check(self) -> None:
         """Raises ChildFailed if the process has ended."""
@@ -55,10 +56,20 @@ class Child:
             lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join([f"  last lines of {self.log}:", *(f"  | {line}" for line in lines)])
 
-    def stop(self, grace: float) -> bool:
-        """SIGTERM, up to `grace` seconds, then SIGKILL. True if it ended by itself."""
+    def ask_to_stop(self) -> None:
+        """One SIGTERM, however often it is asked: a worker takes a second one as "hand everything back now"."""
+        if not self.asked:
+            self.asked = True
+            self.insist()
+
+    def insist(self) -> None:
+        """A SIGTERM, also if it already had one."""
         if self.process.poll() is None:
             self.process.terminate()
+
+    def stop(self, grace: float) -> bool:
+        """SIGTERM, up to `grace` seconds, then SIGKILL. True if it ended by itself."""
+        self.ask_to_stop()
         try:
             self.process.wait(grace)
         except subprocess.TimeoutExpired:

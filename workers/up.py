@@ -97,8 +97,8 @@ class Fleet:
         self._start_part("api")
         self._start_part("worker")
         api, worker = self.children["api"], self.children["worker"]
-        client = ApiClient(self.plan.api_url, timeout=SHORT)
-        self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
+        with ApiClient(self.plan.api_url, timeout=SHORT) as client:
+            self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
         ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
         for name, path in self.plan.models.items():
             self._await(worker, partial(_served, ledger, name), LOAD_SECONDS, f"model {name}", path)
@@ -118,8 +118,7 @@ class Fleet:
     def end(self) -> None:
         """Drains: API and worker finish together within the grace, Redis goes last so that both can write."""
         for child in self.children.values():
-            if child.process.poll() is None:
-                child.process.terminate()
+            child.ask_to_stop()
         deadline = time.monotonic() + self.plan.grace
         for child in self.children.values():
             if not child.stop(max(0.1, deadline - time.monotonic())):
@@ -130,8 +129,7 @@ class Fleet:
     def hurry(self) -> None:
         """A second signal: the worker hands its jobs back now instead of finishing them."""
         for child in self.children.values():
-            if child.process.poll() is None:
-                child.process.terminate()
+            child.insist()
 
     def _start_redis(self) -> None:
         if self.plan.redis_url is not None:

