@@ -107,6 +107,11 @@ class Intake:
         except BlockingIOError:
             pass  # it has not read the last hundred thousand wakes yet: it is awake
 
+    def shut(self) -> None:
+        """The event loop is gone for good."""
+        self._read_end.close()
+        self._write_end.close()
+
     def attach(self, consumer: Consumer, hub: Hub) -> None:
         """The event loop begins, for the first time or after a reconnection."""
         self._consumer = consumer

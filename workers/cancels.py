@@ -10,7 +10,7 @@ from inferfleet.workers import logs
 
 log = logs.get("cancels")
 
-_LISTEN_SECONDS = 1.0
+_LISTEN_SECONDS = 0.5
 _RETRY_SECONDS = 1.0
 
 

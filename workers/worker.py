@@ -111,5 +111,6 @@ def run_worker(
         worker.start()
     finally:
         lifecycle.stop()
+        app.intake.shut()
         ledger.close()
     return int(worker.exitcode or 0)

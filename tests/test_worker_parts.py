@@ -1,0 +1,281 @@
+"""The parts of a worker by themselves: gate, flight, publisher, child, checks, logs, metrics. No Celery runs here."""
+
+import io
+import json
+import logging
+import threading
+import time
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+
+from inferfleet.tasks import errors
+from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.settings import Settings
+from inferfleet.workers import logs
+from inferfleet.workers.app import make_app
+from inferfleet.workers.checks import Standing, check_redis, complaints_about
+from inferfleet.workers.child import EngineChild, EngineGone, pinned
+from inferfleet.workers.flight import Ending, Flight, seed_of
+from inferfleet.workers.gate import Gate
+from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
+from inferfleet.workers.patience import until_answered
+from inferfleet.workers.publisher import Publisher
+
+OPEN = threading.Event()
+
+
+def delta(text="a", *, index=0, token_ids=(1,), logprobs=None, finish_reason=None):
+    return {"id": "x", "index": index, "token_ids": list(token_ids), "text": text, "logprobs": logprobs,
+            "finish_reason": finish_reason}  # fmt: skip
+
+
+# Gate ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_who_must_be_alone_waits_for_all_inside_and_keeps_newcomers_out():
+    gate = Gate()
+    assert gate.enter(False, OPEN, 1) and gate.enter(False, OPEN, 1)
+    alone = threading.Thread(target=gate.enter, args=(True, OPEN, 10))
+    alone.start()
+    while not gate._alone_waiting:
+        time.sleep(0.001)
+
+    assert not gate.enter(False, OPEN, 0.01)
+    gate.leave()
+    assert alone.is_alive()
+    gate.leave()
+    alone.join(5)
+
+    assert not alone.is_alive()
+    assert not gate.enter(False, OPEN, 0.01) and not gate.enter(True, OPEN, 0.01)
+    gate.leave()
+    assert gate.enter(False, OPEN, 1)
+
+
+def test_who_is_turned_away_at_the_gate_leaves_no_trace():
+    gate, turned_away = Gate(), threading.Event()
+    gate.enter(False, OPEN, 1)
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(gate.enter(True, turned_away, 10)))
+    waiting.start()
+
+    turned_away.set()
+    gate.recheck()
+    waiting.join(5)
+
+    assert answers == [False]
+    assert gate.enter(False, OPEN, 0.01)
+
+
+# Flight and publisher ------------------------------------------------------------------------------------------------
+
+
+def test_a_flight_merges_what_is_said_between_two_flushes_by_choice():
+    flight = Flight("job_1", 3, "m")
+
+    first = flight.absorb(delta("a", token_ids=[1]))
+    flight.absorb(delta("x", index=1, token_ids=[7]))
+    flight.absorb(delta("b", token_ids=[2, 3], finish_reason="stop"))
+
+    assert first
+    events = flight.outgoing().events
+    assert [(e["index"], e["delta"], e["token_ids"], e["finish_reason"]) for e in events] == [
+        (0, "ab", [1, 2, 3], "stop"),
+        (1, "x", [7], None),
+    ]
+
+
+def test_a_batch_in_doubt_is_sent_again_as_it_was():
+    flight = Flight("job_1", 3, "m")
+    flight.absorb(delta("a"))
+
+    in_doubt = flight.outgoing()
+    flight.absorb(delta("b"))
+
+    assert flight.outgoing() == in_doubt
+    flight.published()
+    assert flight.outgoing().token != in_doubt.token
+    assert [event["delta"] for event in flight.outgoing().events] == ["b"]
+
+
+def test_a_flight_starts_from_what_was_published():
+    published = [
+        {"type": "job.in_progress"},
+        {"type": "response.output_text.delta", "index": 0, "delta": "ab", "token_ids": [1, 2], "logprobs": None},
+    ]
+
+    flight = Flight("job_1", 4, "m", published=published)
+    flight.absorb(delta("c", token_ids=[3]))
+
+    assert flight.resume()["0"]["text"] == "abc" and flight.num_new_tokens == 1
+
+
+def test_the_first_ending_of_a_flight_counts():
+    flight = Flight("job_1", 1, "m")
+
+    assert flight.end(Ending.STALE) and not flight.end(Ending.FINISHED)
+    assert flight.ending is Ending.STALE
+
+
+def test_a_seed_fits_the_contract_and_is_the_same_for_ever():
+    assert seed_of("job_" + "0" * 32) == 1035841574406073704
+    assert 0 <= seed_of("job_x") < 2**63
+
+
+def test_the_publisher_repeats_until_the_ledger_answers_and_then_ends_the_flight():
+    sent = []
+
+    def publish(batch):
+        sent.append([out for _, out in batch])
+        if len(sent) < 3:
+            raise errors.LedgerUnavailable("away")
+        return ["ok"] * len(batch)
+
+    flight = Flight("job_1", 1, "m")
+    publisher = Publisher(publish, cancel=lambda flight: None)
+    flight.absorb(delta("a"))
+    flight.finish({"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0})
+    publisher.touch([flight], urgent=True)
+
+    assert flight.ended.wait(10) and flight.ending is Ending.FINISHED
+    assert sent[0] == sent[1] == sent[2]
+    publisher.stop()
+
+
+@pytest.mark.parametrize(("word", "ending"), [("stale", Ending.STALE), ("full", Ending.FAILED)])
+def test_a_flight_that_may_not_publish_ends_and_is_cancelled_in_the_engine(word, ending):
+    cancelled = []
+    publisher = Publisher(lambda batch: [word], cancelled.append)
+    flight = Flight("job_1", 1, "m")
+    flight.absorb(delta("a"))
+    publisher.touch([flight], urgent=True)
+
+    assert flight.ended.wait(10) and flight.ending is ending
+    publisher.stop()
+    assert cancelled == [flight]
+
+
+# Child ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_dies_while_loading_says_how():
+    child, _ = EngineChild.start(("/bin/sh", "-c", "exit 3"), "cpu")
+
+    with pytest.raises(EngineGone, match="status 3"):
+        child.load("m", {})
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "pinned_to", "inner"),
+    [
+        ("cpu", None, None, "cpu"),
+        ("cuda", "2,3", "2,3", "cuda"),
+        ("cuda:1", None, "1", "cuda:0"),
+        ("cuda:1", "4,6", "6", "cuda:0"),
+    ],
+)
+def test_a_child_is_pinned_to_its_device(device, visible, pinned_to, inner):
+    env, name = pinned(device, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+    assert (env.get("CUDA_VISIBLE_DEVICES"), name) == (pinned_to, inner)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_redis_passes_and_says_what_a_power_cut_costs(ledger):
+    standing, complaints = check_redis(ledger, allow_unsafe=False)
+
+    assert complaints == [] and standing.fsync == "everysec"
+    assert standing.durability == "at most the last second is lost"
+
+
+def test_an_unfit_redis_is_refused_with_the_command_that_mends_it(own_redis):
+    ledger = Ledger.from_url(own_redis.url)
+    ledger.redis.config_set("maxmemory-policy", "allkeys-lru")
+    ledger.redis.config_set("appendonly", "no")
+
+    with pytest.raises(errors.RedisMisconfigured) as refusal:
+        check_redis(ledger, allow_unsafe=False)
+    _, complaints = check_redis(ledger, allow_unsafe=True)
+
+    for fix in ("redis-cli CONFIG SET maxmemory-policy noeviction", "redis-cli CONFIG SET appendonly yes"):
+        assert fix in refusal.value.message and any(fix in complaint for complaint in complaints)
+    assert "allow_unsafe_redis" in refusal.value.message
+    ledger.close()
+
+
+def test_a_redis_that_is_too_old_is_refused_even_for_throw_away_use(ledger, monkeypatch):
+    old = Standing(version="6.0.16", eviction="noeviction", append_only=True, fsync="always")
+    monkeypatch.setattr("inferfleet.workers.checks.ask", lambda client: old)
+
+    with pytest.raises(errors.RedisMisconfigured, match=r"6\.0\.16 is too old: 6\.2"):
+        check_redis(ledger, allow_unsafe=True)
+
+
+def test_a_service_that_hides_its_policy_is_believed():
+    assert complaints_about(Standing("7.2.4", eviction=None, append_only=True, fsync=None)) == []
+
+
+# Patience, Celery, logs, metrics -------------------------------------------------------------------------------------
+
+
+def test_patience_ends_when_it_is_told_to_give_up():
+    give_up = threading.Event()
+    give_up.set()
+
+    def away():
+        raise errors.LedgerUnavailable("away")
+
+    with pytest.raises(errors.LedgerUnavailable):
+        until_answered(away, give_up)
+
+
+def test_the_celery_app_speaks_json_only_and_acknowledges_nothing():
+    app = make_app(Settings(), ["q"])
+
+    assert app.conf.accept_content == ["json"] and app.conf.result_accept_content == ["json"]
+    assert app.conf.worker_disable_prefetch and not app.conf.task_acks_late
+    assert app.conf.worker_cancel_long_running_tasks_on_connection_loss is False
+    assert all(queue.no_ack for queue in app.conf.task_queues)
+    app.intake.shut()
+
+
+def test_logs_are_json_off_a_terminal_and_never_show_what_a_user_wrote(request):
+    stream = io.StringIO()
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    request.addfinalizer(lambda: (root.handlers.__setitem__(slice(None), before[0]), root.setLevel(before[1])))
+    logs.configure("info", "auto", stream)
+
+    with logs.bound(job_id="job_7"):
+        logs.get("test").info("heard", prompt="my secret", tokens=3)
+        logging.getLogger("celery.worker").warning("gone")
+        logging.getLogger("celery.app.trace").info("a line for every turn")
+
+    first, second = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (first["event"], first["job_id"], first["tokens"], first["part"]) == ("heard", "job_7", 3, "test")
+    assert "my secret" not in stream.getvalue()
+    assert (second["event"], second["job_id"], second["part"]) == ("gone", "job_7", "celery.worker")
+
+
+def test_a_worker_s_figures_reach_the_scrape_through_redis(ledger):
+    meter = Meter()
+    meter.lease_lost("m")
+    for worker in ("w1", "w2"):
+        ledger.run(put_snapshot(worker, meter.snapshot(), 60))
+    ledger.run(put_snapshot("gone", meter.snapshot(), 0))
+
+    class Families:
+        def collect(self):
+            return ledger.run(fleet_families())
+
+    registry = CollectorRegistry()
+    registry.register(Families())
+    page = generate_latest(registry).decode()
+
+    assert 'inferfleet_leases_lost_total{model_name="m",worker="w1"} 1.0' in page
+    assert 'inferfleet_leases_lost_total{model_name="m",worker="w2"} 1.0' in page
+    assert "gone" not in page and "_created" not in page
