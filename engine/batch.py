@@ -8,6 +8,7 @@ on a GPU it is pinned and travels in one copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from inferfleet.engine.cache import Cache
     from inferfleet.engine.scheduler import Plan
 
+_TORCH: dict[type[np.generic], torch.dtype] = {np.int64: torch.int64, np.int32: torch.int32}
 #: Every tensor of the arena starts at a multiple of it (vector loads on any device).
 ALIGNMENT = 64
 
@@ -81,30 +83,41 @@ class Batch:
 class Arena:
     """A stretch of host memory cut into arrays, with its mirror on the device."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, num_bytes: int, dtypes: Sequence[type[np.generic]], device: torch.device) -> None:
+        """dtypes: of each array that `upload` will get, int32 or int64."""
         self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._array = self._host.numpy()
         self._mirror = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._dtypes = dtypes
         self._used = 0
+        #: The cut of the last step: decode steps in a row have equal shapes, and cutting costs more than copying.
+        self._shapes: list[tuple[int, ...]] = []
+        self._targets: list[NDArray] = []
+        self._tensors: list[Tensor] = []
 
-    def clear(self) -> None:
-        self._used = 0
-
-    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> tuple[NDArray, int]:
-        """An uninitialised array and its place, for `tensor` after `upload`."""
-        start = self._used
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._used = start + -(-size // ALIGNMENT) * ALIGNMENT
-        return self._array[start : start + size].view(dtype).reshape(shape), start
-
-    def upload(self) -> None:
-        if self._mirror is not self._host:
+    def upload(self, arrays: Sequence[NDArray]) -> list[Tensor]:
+        """The arrays' values on the device, until the next upload."""
+        shapes = [array.shape for array in arrays]
+        if shapes != self._shapes:
+            self._cut(shapes)
+        if self._copied is not None:
+            # A step that samples nothing waits for nothing: the last copy may still be reading what is written now.
+            self._copied.synchronize()
+        for target, array in zip(self._targets, arrays, strict=True):
+            target[...] = array
+        if self._copied is not None:
             self._mirror[: self._used].copy_(self._host[: self._used], non_blocking=True)
+            self._copied.record()
+        return self._tensors
 
-    def tensor(self, array: NDArray, start: int) -> Tensor:
-        """The device's view of an array that `take` gave."""
-        dtype = torch.int64 if array.dtype == np.int64 else torch.int32
-        return self._mirror[start : start + array.nbytes].view(dtype).view(array.shape)
+    def _cut(self, shapes: list[tuple[int, ...]]) -> None:
+        self._shapes, self._targets, self._tensors, self._used = shapes, [], [], 0
+        for shape, dtype in zip(shapes, self._dtypes, strict=True):
+            start, end = self._used, self._used + math.prod(shape) * np.dtype(dtype).itemsize
+            self._targets.append(self._array[start:end].view(dtype).reshape(shape))
+            self._tensors.append(self._mirror[start:end].view(_TORCH[dtype]).view(shape))
+            self._used = -(-end // ALIGNMENT) * ALIGNMENT
 
 
 class BatchBuilder:
@@ -123,10 +136,11 @@ class BatchBuilder:
     ) -> None:
         self.cache = cache
         self.tables = tables
-        rows = tables[0].shape[0]
-        words = (3 + len(tables)) * max_num_batched_tokens + 4 * rows + sum(table.size for table in tables)
-        pieces = 5 + 2 * len(tables)
-        self.arena = Arena(8 * words + pieces * ALIGNMENT, torch.device(device))
+        rows, groups = tables[0].shape[0], len(tables)
+        words = (3 + groups) * max_num_batched_tokens + 4 * rows + sum(table.size for table in tables)
+        dtypes: list[type[np.generic]] = [np.int64, np.int64, np.int32, np.int32, np.int64]
+        dtypes += [np.int32] * groups + [np.int64] * groups
+        self.arena = Arena(8 * words + len(dtypes) * ALIGNMENT, dtypes, torch.device(device))
 
     def build(self, plan: Plan, *, scoring: bool = False) -> Batch:
         """One step's batch; the plan has at least one row and at most the tokens of the budget.
@@ -142,16 +156,18 @@ class BatchBuilder:
         sampling = np.array(plan.samples, dtype=bool)
         query_start = np.concatenate((offsets, ends[-1:]))
         seq_lens = starts + lens
-        arrays: list[tuple[NDArray, type[np.generic]]] = [
-            (ids, np.int64),
-            (positions, np.int64),
-            (query_start, np.int32),
-            (seq_lens, np.int32),
-            (np.arange(len(ids)) if scoring else ends[sampling] - 1, np.int64),
-            *((table, np.int32) for table in self._tables_of(slots, int(seq_lens.max()))),
-            *((mapping, np.int64) for mapping in self._slot_mapping(slots, lens, positions)),
-        ]
-        input_ids, positions_, query_start_, seq_lens_, logits_index, *grouped = self._upload(arrays)
+        tensors = self.arena.upload(
+            [
+                ids,
+                positions,
+                query_start,
+                seq_lens,
+                np.arange(len(ids)) if scoring else ends[sampling] - 1,
+                *self._tables_of(slots, int(seq_lens.max())),
+                *self._slot_mapping(slots, lens, positions),
+            ]
+        )
+        input_ids, positions_, query_start_, seq_lens_, logits_index, *grouped = tensors
         return Batch(
             input_ids=input_ids,
             positions=positions_,
@@ -177,17 +193,7 @@ class BatchBuilder:
         size = self.cache.block_size
         row_slots = slots if len(positions) == len(slots) else np.repeat(slots, lens)
         blocks, offsets = np.divmod(positions, size)
-        return [table[row_slots, blocks].astype(np.int64) * size + offsets for table in self.tables]
-
-    def _upload(self, arrays: list[tuple[NDArray, type[np.generic]]]) -> list[Tensor]:
-        self.arena.clear()
-        places = []
-        for array, dtype in arrays:
-            target, start = self.arena.take(array.shape, dtype)
-            target[...] = array
-            places.append((target, start))
-        self.arena.upload()
-        return [self.arena.tensor(*place) for place in places]
+        return [table[row_slots, blocks] * size + offsets for table in self.tables]
 
 
 def _tokens(

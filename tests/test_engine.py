@@ -388,3 +388,45 @@ def test_scores_are_the_logits_at_every_position_however_the_prompt_is_cut(make)
     # Then the score of the last position is what the next token is picked from.
     assert answers_of(engine, [(prompt, greedy(1))])[0][0] == [int(whole[-1].argmax())]
     assert engine.stats()["prefix_hits"] == 0
+
+
+def test_arrivals_cancels_and_a_crowded_cache_change_nobodys_answer(make):
+    # Given forty requests of several priorities, tenants and answer counts, and room for about five of them.
+    rng = random.Random(11)
+    engine = make(kv_cache_tokens=240, max_model_len=128, max_num_batched_tokens=24)
+    base = [rng.randrange(256) for _ in range(40)]
+    tasks = [
+        (
+            base[: rng.randrange(40)] + [rng.randrange(256) for _ in range(rng.randrange(1, 12))],
+            seeded(n, 14, n=1 + n % 3),
+        )
+        for n in range(40)
+    ]
+    # When they come a few at a time, some are cancelled, and one batch fails.
+    told, cancelled, failed = {}, set(), set()
+    for number, (prompt, sampling) in enumerate(tasks):
+        engine.add(str(number), prompt, sampling, priority=number % 3, cache_salt=str(number % 2))
+        for _ in range(rng.randrange(4)):
+            gather(told, engine.step())
+        if number % 7 == 3:
+            victim = rng.choice(list(engine._open))
+            cancelled.add(victim)
+            engine.cancel(victim)
+        if number == 20:
+            engine.model.errors = [RuntimeError("once")]
+    while engine.has_work:
+        gather(told, engine.step())
+    failed = {name for name, answers in told.items() if "error" in answers[-1]}
+    assert failed and len(failed | cancelled) < 20
+    # Then every other request has the answers that it gives alone, and the cache is empty.
+    alone = make(prefix_caching=False)
+    for number, task in enumerate(tasks):
+        expected = answers_of(alone, [task])[0]
+        for index, tokens in enumerate(expected):
+            answer = told[str(number)].get(index, {"token_ids": []})
+            if str(number) in failed | cancelled:
+                assert answer["token_ids"] == tokens[: len(answer["token_ids"])]
+            else:
+                assert answer["token_ids"] == tokens
+    assert engine.stats()["preemptions"] > 0
+    assert engine.stats()["kv_usage"] == 0 and engine.stats()["waiting"] == 0
