@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from inferfleet.tasks import calls, names, roster
 from inferfleet.tasks.calls import Call
-from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, body_hash, check_card, parse_job
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import InvalidRequest, ModelNotFound
 from inferfleet.tasks.job_object import Job, to_job_object
@@ -60,11 +60,11 @@ def as_job(request: JobRequest | ChatCompletionRequest | Mapping[str, Any]) -> J
         return request
     if isinstance(request, ChatCompletionRequest):
         return JobRequest.from_chat(request)
-    values = request if "body" in request else {"body": request}
     try:
-        return parse_job(json.dumps(values, allow_nan=False).encode())
+        raw = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"the request is not JSON: {error}") from None
+    return parse_job(raw) if "body" in request else JobRequest.from_chat(parse_chat(raw))
 
 
 def _submit(

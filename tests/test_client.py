@@ -1,0 +1,248 @@
+"""The producer's client, sync and async alike: submit, get, wait, stream, cancel, list; and how little it loads."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import redis
+from ledger_moves import claim, delta
+
+from inferfleet.tasks import names
+from inferfleet.tasks.client import AsyncClient, Client
+from inferfleet.tasks.contracts import JobRequest, parse_chat
+from inferfleet.tasks.errors import (
+    AlreadyTerminal,
+    ContextLengthExceeded,
+    IdempotencyKeyReuse,
+    JobNotFound,
+    ModelNotFound,
+    QueueFull,
+    RequestError,
+)
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+ANSWER = {"choices": [{"message": {"role": "assistant", "content": "yes"}}]}
+
+
+class Waited:
+    """An AsyncClient that is asked like a Client, so that one test serves both."""
+
+    def __init__(self, *args, **options):
+        self._loop = asyncio.new_event_loop()
+        self._client = AsyncClient(*args, **options)
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self._loop.run_until_complete(getattr(self._client, name)(*args, **options))
+
+    def stream(self, *args, **options):
+        async def collected():
+            return [event async for event in self._client.stream(*args, **options)]
+
+        return self._loop.run_until_complete(collected())
+
+    def close(self):
+        self._loop.run_until_complete(self._client.close())
+        self._loop.close()
+
+
+@pytest.fixture(params=[Client, Waited])
+def make(request, redis_url):
+    """Makes clients that may submit model m."""
+    made = []
+
+    def one(**options):
+        made.append(request.param(redis_url, "test", **({"models": ["m"]} | options)))
+        return made[-1]
+
+    yield one
+    for client in made:
+        client.close()
+
+
+@pytest.fixture
+def client(make):
+    return make()
+
+
+def turns(redis_url, model="m"):
+    with redis.Redis.from_url(redis_url) as server:
+        return [json.loads(message) for message in server.lrange(names.turn_queue(model), 0, -1)]
+
+
+def carry(ledger, pieces=("y", "es")):
+    """What a worker does with one job."""
+    found = claim(ledger, token=names.new_job_id())
+    for i, piece in enumerate(pieces):
+        ledger.publish(found.job_id, found.fence, [delta(piece)], f"p{i}")
+    ledger.complete(found.job_id, found.fence, state="completed", response=json.dumps(ANSWER).encode())
+
+
+def test_a_submitted_job_waits_and_one_turn_is_rung(client, ledger, redis_url):
+    job = client.submit(CHAT)
+    assert (job.status, job.model, job.queue_position) == ("queued", "m", 0)
+    assert claim(ledger).envelope == JobRequest.from_chat(parse_chat(json.dumps(CHAT).encode())).envelope()
+    (turn,) = turns(redis_url)
+    assert turn["headers"]["task"] == names.TURN_TASK
+    assert turn["content-type"] == "application/json"
+
+
+def test_a_job_request_brings_its_options(client, ledger):
+    wanted = {"custom_id": "c", "priority": -5, "deadline": 4_000_000_000, "metadata": {"k": "v"}, "body": CHAT}
+    job = client.submit(wanted)
+    assert (job.custom_id, job.priority, job.deadline, job.metadata) == ("c", -5, 4_000_000_000, {"k": "v"})
+    assert client.submit(JobRequest.model_validate(wanted)).priority == -5
+    assert client.submit(parse_chat(json.dumps(CHAT).encode())).priority == 0
+
+
+def test_the_same_idempotency_key_gives_the_same_job_and_no_second_turn(client, redis_url):
+    first, again = client.submit(CHAT, idempotency_key="k"), client.submit(CHAT, idempotency_key="k")
+    assert first.id == again.id
+    assert len(turns(redis_url)) == 1
+    with pytest.raises(IdempotencyKeyReuse):
+        client.submit(CHAT | {"n": 2}, idempotency_key="k")
+
+
+def test_wait_returns_the_answer(client, ledger):
+    job = client.submit(CHAT)
+    worker = threading.Thread(target=carry, args=(ledger,))
+    worker.start()
+    done = client.wait(job.id)
+    worker.join()
+    assert (done.status, done.text) == ("completed", "yes")
+    assert client.get(job.id) == done
+    assert client.wait(job.id, timeout=0) == done
+
+
+def test_submit_can_wait_for_the_answer(client, ledger):
+    ledger.put_worker("w", {}, 60)
+    carrier = threading.Thread(target=carry_the_next, args=(ledger,))
+    carrier.start()
+    assert client.submit(CHAT, wait=True).text == "yes"
+    carrier.join()
+
+
+def carry_the_next(ledger):
+    while not ledger.stats().get("m", {}).get("waiting"):
+        pass
+    carry(ledger)
+
+
+def test_wait_gives_up_after_its_timeout_and_the_job_goes_on(client):
+    job = client.submit(CHAT)
+    with pytest.raises(TimeoutError, match="queued"):
+        client.wait(job.id, timeout=0.05)
+    assert client.get(job.id).status == "queued"
+
+
+def test_stream_gives_every_event_once_up_to_the_last(client, ledger):
+    job = client.submit(CHAT)
+    worker = threading.Thread(target=carry, args=(ledger, "abc"))
+    worker.start()
+    events = list(client.stream(job.id))
+    worker.join()
+    assert [event["sequence_number"] for event in events] == list(range(6))
+    assert [event["delta"] for event in events if event["type"] == names.DELTA] == ["a", "b", "c"]
+    assert events[-1]["type"] == "job.completed"
+    # and from the middle, and from behind the end
+    assert list(client.stream(job.id, after=3)) == events[4:]
+    assert list(client.stream(job.id, after=9)) == []
+
+
+def test_cancel_and_retry(client, redis_url):
+    job = client.submit(CHAT)
+    assert client.cancel(job.id).status == "cancelled"
+    assert client.retry(job.id).status == "queued"
+    assert len(turns(redis_url)) == 2
+    client.cancel(job.id)
+    client.delete(job.id)
+    with pytest.raises(JobNotFound):
+        client.get(job.id)
+
+
+def test_cancel_of_an_ended_job_says_so(client, ledger):
+    job = client.submit(CHAT)
+    carry(ledger)
+    with pytest.raises(AlreadyTerminal):
+        client.cancel(job.id)
+
+
+def test_list_pages_through_the_tenants_jobs(client):
+    ids = [client.submit(CHAT).id for _ in range(3)]
+    page = client.list(limit=2)
+    assert ([job.id for job in page.jobs], page.has_more) == (ids[:0:-1], True)
+    rest = client.list(status="queued", after=page.jobs[-1].id)
+    assert ([job.id for job in rest.jobs], rest.has_more) == (ids[:1], False)
+
+
+def test_another_tenant_sees_nothing(client, make):
+    job = client.submit(CHAT)
+    stranger = make(tenant="stranger")
+    assert stranger.list().jobs == []
+    for ask in (stranger.get, stranger.cancel, stranger.wait, stranger.stream):
+        with pytest.raises(JobNotFound):
+            ask(job.id) if ask != stranger.stream else list(ask(job.id))
+
+
+def test_a_model_that_nobody_serves_is_not_found_and_an_announced_one_is(make, ledger):
+    client = make(models=())
+    with pytest.raises(ModelNotFound, match="'m'"):
+        client.submit(CHAT)
+    ledger.put_card("m", {"id": "m", "max_model_len": 50, "vocab_size": 10, "max_token_bytes": 4}, "w", 60)
+    assert client.submit(CHAT).status == "queued"
+    assert list(client.models()) == ["m"]
+    with pytest.raises(ContextLengthExceeded):
+        client.submit(CHAT | {"max_tokens": 50})
+
+
+def test_a_full_queue_is_refused(make):
+    client = make(max_queued=1)
+    client.submit(CHAT)
+    with pytest.raises(QueueFull):
+        client.submit(CHAT)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [CHAT | {"temprature": 1}, {"body": CHAT, "what": 1}, CHAT | {"user": "\ud800"}, CHAT | {"seed": float("nan")},
+     CHAT | {"user": object()}],
+)  # fmt: skip
+def test_a_bad_request_is_refused_before_anything_is_written(client, redis_url, request_):
+    with pytest.raises(RequestError):
+        client.submit(request_)
+    with redis.Redis.from_url(redis_url) as server:
+        assert server.dbsize() == 0
+
+
+def test_a_broker_that_is_away_fails_no_submit(make, ledger, monkeypatch):
+    client = make()
+    monkeypatch.setattr("inferfleet.tasks.doorbell.CONNECT_TIMEOUT", 0.2)
+    inner = getattr(client, "_client", client) if isinstance(client, Waited) else client
+    inner._bell._redis_url = "redis://127.0.0.1:1/0"
+    assert client.submit(CHAT).status == "queued"
+    assert ledger.stats()["m"]["waiting"] == 1
+
+
+def loaded_after(code):
+    """Names of the heavy modules that are loaded after running `code` in a fresh interpreter."""
+    heavy = ("torch", "celery", "kombu", "transformers", "numpy", "fastapi", "tokenizers")
+    code += f"; import sys; print([name for name in {heavy} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_client_loads_no_torch_and_no_celery():
+    assert loaded_after("import inferfleet.tasks.client") == "[]"
+
+
+def test_submitting_loads_celery_only_to_ring(redis_url):
+    code = f"""
+from inferfleet.tasks.client import Client
+client = Client({redis_url!r}, 'test', models=['m'])
+client.list()
+import sys
+assert 'celery' not in sys.modules
+client.submit({CHAT!r})
+client.close()"""
+    assert loaded_after(code) == "['celery', 'kombu']"
