@@ -288,6 +288,12 @@ def test_parts_are_joined_for_templates_that_read_text_only(families):
     )
 
 
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, {"type": "text"}, "text"], ids=str)
+def test_parts_that_are_no_text_are_refused_where_the_template_reads_text_only(families, part):
+    with pytest.raises(ChatTemplateError, match="text parts only"):
+        families["qwen"][1].encode_chat([{"role": "user", "content": [part]}])
+
+
 def test_parts_are_left_to_templates_that_read_them(families):
     oracle, encoder = families["gemma"]
     chat = [{"role": "user", "content": [{"type": "text", "text": " one "}, {"type": "text", "text": "two"}]}]

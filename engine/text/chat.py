@@ -125,7 +125,7 @@ class ChatTemplate:
             prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
         content = prepared.get("content")
         if isinstance(content, list | tuple) and not self.takes_parts:
-            prepared["content"] = "\n".join(part["text"] for part in content if part.get("type") == "text")
+            prepared["content"] = "\n".join(map(_text_of, content))
         return prepared
 
     def _probe_parts(self) -> bool:
@@ -158,6 +158,14 @@ class ChatTemplate:
             if total > self._max_characters:
                 raise ChatTemplateError(f"the rendered prompt is longer than {self._max_characters} characters")
             yield piece
+
+
+def _text_of(part: Any) -> str:
+    if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise ChatTemplateError(f"this model's chat template takes content of text parts only, not {kind!r:.40}")
+    text: str = part["text"]
+    return text
 
 
 def _markers(added_tokens: Mapping[str, bool], written: Iterable[str]) -> tuple[TokenMarker, TokenMarker]:

@@ -48,8 +48,8 @@ class Marks:
         self._sign = "".join(secrets.choice(alphabet) for _ in range(12))
         # Between two texts that must not grow together, so it has to last.
         self._cut = "".join(secrets.choice(LASTING) for _ in range(12))
-        self._marks: list[Mark] = []
         self._texts: dict[Mark, str] = {}
+        self._meaning: dict[str, Mark] = {self._cut: (Kind.CUT, "")}
         #: Whether any were asked for.
         self.used = False
 
@@ -58,8 +58,8 @@ class Marks:
         self.used = True
         mark = kind, token
         if mark not in self._texts:
-            self._texts[mark] = self._sign + self._spell(len(self._marks))
-            self._marks.append(mark)
+            text = self._sign + self._spell(len(self._texts))
+            self._texts[mark], self._meaning[text] = text, mark
         return self._texts[mark]
 
     def cut(self) -> str:
@@ -73,14 +73,8 @@ class Marks:
         position = 0
         for clean, mark in zip(parts[::2], parts[1::2], strict=False):
             position += len(clean)
-            found.setdefault(position, set()).add(self._read(mark))
+            found.setdefault(position, set()).add(self._meaning[mark])
         return "".join(parts[::2]), found
-
-    def _read(self, mark: str) -> Mark:
-        if mark == self._cut:
-            return Kind.CUT, ""
-        digits = map(self._alphabet.index, mark[len(self._sign) :])
-        return self._marks[sum(digit * _BASE**place for place, digit in enumerate(digits))]
 
     def _spell(self, number: int) -> str:
         return "".join(self._alphabet[number // _BASE**place % _BASE] for place in range(_NUM_DIGITS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -95,32 +96,26 @@ class Tokenizer:
         """As `encode`, except that the spans in `plain`, which spell added tokens, stay ordinary text."""
         if not plain:
             return self.encode(text)
-        ids = self._encode_broken(text, plain, whole=True)
-        if self._num_special(ids) > self._num_special_outside(text, plain):
-            # Rare vocabularies have special tokens inside the spelling of others: leave no two characters together.
-            ids = self._encode_broken(text, plain, whole=False)
-        return ids
-
-    def _encode_broken(self, text: str, plain: Sequence[Span], *, whole: bool) -> list[int]:
-        """Break the text behind the first character of each span, or behind all, so that it spells no token."""
-        pieces, done = [""], 0
-        for start, end in plain:
-            pieces[-1] += text[done : start + 1]
-            pieces += [text[start + 1 : end]] if whole else text[start + 1 : end]
-            done = end
-        pieces[-1] += text[done:]
         if self._break is None:
+            pieces, _ = _broken(text, plain, 0, whole=False)
             return [token_id for piece in pieces if piece for token_id in self.encode(piece)]
-        return [token_id for token_id in self.encode(self._break.join(pieces)) if token_id != self._break_id]
+        pieces, spans = _broken(text, plain, len(self._break), whole=True)
+        encoding = self._backend.encode(self._break.join(pieces), add_special_tokens=False)
+        if self._any_special_in(spans, encoding):
+            # Rare vocabularies have special tokens inside the spelling of others: leave no two characters together.
+            pieces, _ = _broken(text, plain, len(self._break), whole=False)
+            encoding = self._backend.encode(self._break.join(pieces), add_special_tokens=False)
+        return [token_id for token_id in encoding.ids if token_id != self._break_id]
 
-    def _num_special(self, ids: Iterable[int]) -> int:
-        return sum(token_id in self.special_ids for token_id in ids)
-
-    def _num_special_outside(self, text: str, plain: Sequence[Span]) -> int:
-        starts = [0, *(end for _, end in plain)]
-        ends = [*(start for start, _ in plain), len(text)]
-        between = (text[start:end] for start, end in zip(starts, ends, strict=True))
-        return sum(self._num_special(self.encode(piece)) for piece in between if piece)
+    def _any_special_in(self, spans: Sequence[Span], encoding: tokenizers.Encoding) -> bool:
+        """Whether a special token was made of any of these characters. spans: in order."""
+        starts = [start for start, _ in spans]
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self.special_ids:
+                before = bisect_left(starts, end) - 1  # the last span that begins before the token's end
+                if before >= 0 and spans[before][1] > start:
+                    return True
+        return False
 
     # ids -> text
 
@@ -157,6 +152,23 @@ class Tokenizer:
     def max_token_bytes(self) -> int:
         """The most bytes that one token can add to a text."""
         return max(len(self._make_piece(i, first=False) or b"") for i in range(self.vocab_size))
+
+
+def _broken(text: str, plain: Sequence[Span], break_size: int, *, whole: bool) -> tuple[list[str], list[Span]]:
+    """(text in pieces, the spans where they are once breaks stand between the pieces).
+
+    Each span is broken behind its first character, or, if not left whole after that, behind every character.
+    """
+    pieces, spans, done, shift = [""], [], 0, 0
+    for start, end in plain:
+        pieces[-1] += text[done : start + 1]
+        rest = [text[start + 1 : end]] if whole else list(text[start + 1 : end])
+        pieces += rest
+        spans.append((start + shift, end + shift + break_size * len(rest)))
+        shift += break_size * len(rest)
+        done = end
+    pieces[-1] += text[done:]
+    return pieces, spans
 
 
 def _add_break(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[str | None, int | None]:
