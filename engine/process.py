@@ -10,6 +10,7 @@ the socket is the end of the process, so no engine outlives its parent.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -53,6 +54,9 @@ class Child:
         if message.get("op") != "load":
             raise ValueError(f"the first message must be load, not {message.get('op')!r}")
         loaded = self._load(message)
+        # What loading made stays for ever: the collector need not look at it again while requests run.
+        gc.collect()
+        gc.freeze()
         while True:
             while self.connection.poll(0 if loaded.engine.has_work else None):
                 self._handle(loaded, self._receive())

@@ -243,6 +243,25 @@ def test_before_min_tokens_neither_stop_strings_nor_end_tokens_end_the_text(make
     assert len(told["token_ids"]) == 4
 
 
+def test_a_stop_string_begun_before_a_requeue_is_completed_after_it(make):
+    # Given that "hello wo" was published as tokens, and its text only up to what could be no stop string.
+    engine = make()
+    write(engine, "rms")
+    published = Published(tuple(engine.tokenizer.encode("hello wo")), "hello ")
+    engine.add("job", [1], greedy(20, stop=("wor",)), published={0: published})
+    told = run(engine)["job"]
+    assert (told[0]["text"], told[0]["finish_reason"]) == ("", "stop")
+    assert told[-1]["usage"].completion_tokens == 9
+
+
+def test_what_was_certain_but_not_published_before_a_requeue_is_told_after_it(make):
+    engine = make()
+    write(engine, "!!")
+    published = Published(tuple(engine.tokenizer.encode("hello")), "he")
+    engine.add("job", [1], greedy(7), published={0: published})
+    assert run(engine)["job"][0]["text"] == "llo!!"
+
+
 def test_half_a_code_point_is_never_told(make):
     engine = make()
     ids = engine.tokenizer.encode("é🙂")
