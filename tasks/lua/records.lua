@@ -9,6 +9,7 @@
 --   leases                zset    id -> ms at which the claim is lost
 --   deadlines             zset    id -> ms at which a waiting job expires
 --   finished              zset    id -> ms of the end
+--   ended                 stream  the last thousand ends or so, field id: one reader serves all who wait for ends
 --   jobs:<tenant>         zset    id -> seq, every job
 --   in:<state>:<tenant>   zset    id -> seq, the jobs in one state
 --   idem:<digest>         string  the job that an idempotency key made
@@ -29,7 +30,7 @@ end
 
 local PLACE_PREFIX = 3 + 1 + 13 + 1 + 16 + 1
 local FIELDS = {'state', 'model', 'tenant', 'seq', 'fence', 'place', 'priority', 'deadline_ms', 'start_timeout_ms',
-  'created_ms', 'started_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect'}
+  'created_ms', 'started_ms', 'claimed_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect'}
 local TERMINAL = {completed = true, failed = true, cancelled = true, expired = true, incomplete = true}
 
 local function number(value)
@@ -135,6 +136,7 @@ local function finish(job, state, result)
     'error', result.error or '', 'usage', result.usage or '', 'metrics', result.metrics or '',
     'dead_letter', result.dead_letter or '')
   redis.call('ZADD', P .. 'finished', whole(NOW), job.id)
+  redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 1000, '*', 'id', job.id)
   emit(job, '{"type":"job.' .. state .. '","status":"' .. state .. '","error":' .. or_null(result.error) ..
     ',"usage":' .. or_null(result.usage) .. '}')
 end
@@ -172,16 +174,13 @@ local function bury_or_requeue(job, max_deaths)
   return 'requeued'
 end
 
-local function pace(model)
-  local key = P .. 'pace:' .. model
+-- How fast a model's jobs end. The time in which nothing ran is no part of it.
+local function pace(job)
+  local key = P .. 'pace:' .. job.model
   local seen = redis.call('HMGET', key, 'last', 'gap')
-  local gap = ''
-  if seen[1] then
-    local latest = NOW - tonumber(seen[1])
-    local before = number(seen[2])
-    gap = whole(before and before * 0.8 + latest * 0.2 or latest)
-  end
-  redis.call('HSET', key, 'last', whole(NOW), 'gap', gap)
+  local latest = NOW - math.max(number(seen[1]) or 0, tonumber(job.claimed_ms))
+  local before = number(seen[2])
+  redis.call('HSET', key, 'last', whole(NOW), 'gap', whole(before and before * 0.8 + latest * 0.2 or latest))
 end
 
 local function purge(job)

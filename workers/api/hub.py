@@ -1,17 +1,18 @@
 """Tells everybody who waits in this process what happened to their job, over one Redis connection.
 
-A blocking read a waiter would take one connection each; here one XREAD blocks on the event logs of all watched jobs.
-A stream of our own among them interrupts it when the set of jobs changes. Nothing is believed on the hub's word alone:
-a follower reads the log itself when it starts, when numbers are missing and at every tick of silence.
+A blocking read a waiter would take one connection each; here one XREAD blocks on the stream of ends, which serves all
+who want an answer whole, and on the event log of each job that somebody streams. A stream of our own among them
+interrupts it when the set of jobs changes. Nothing is believed on the hub's word alone: whoever waits reads the ledger
+itself when it starts, when numbers are missing and at every tick of silence.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import redis.asyncio
@@ -21,7 +22,7 @@ from redis.exceptions import RedisError
 from inferfleet.tasks import calls, names
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger
-from inferfleet.tasks.records import Event
+from inferfleet.tasks.records import Event, JobRecord
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +36,10 @@ TICK_SECONDS = 10.0
 #: A Redis that restarts is waited for this long before waiters are told.
 OUTAGE_SECONDS = 30.0
 WAKE_TTL_SECONDS = 600
+RETRY_SECONDS = 0.2
+PAUSE_PER_STREAM, LONGEST_PAUSE = 0.00005, 0.01
+
+T = TypeVar("T")
 
 #: (number of the event, its JSON without the number)
 Entry = tuple[int, bytes]
@@ -60,12 +65,8 @@ class Watch:
 
     async def take(self, seconds: float) -> list[Entry] | None:
         """What came since the last call; None after `seconds` of silence."""
-        if not self.changed.is_set():
-            try:
-                async with asyncio.timeout(seconds):
-                    await self.changed.wait()
-            except TimeoutError:
-                return None
+        if not await _set_within(self.changed, seconds):
+            return None
         self.changed.clear()
         taken, self.entries = self.entries, []
         return taken
@@ -84,6 +85,9 @@ class Hub:
         self._ledger = ledger
         self._reader = reader
         self._streams: dict[str, _Stream] = {}
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._ended_key = f"{ledger.prefix}ended"
+        self._ended_id: str | None = None
         self._wake_key = f"{ledger.prefix}wake:{uuid4().hex}"
         self._wake_id = "0-0"
         self._woken = False
@@ -101,15 +105,31 @@ class Hub:
             try:
                 await self._read()
                 self._failing_since = None
-            except (RedisError, OSError) as error:
+            except Exception as error:  # whatever it is: without this task everybody here would wait for ticks
                 if self._failing_since is None:
                     self._failing_since = time.monotonic()
-                    log.warning("hub.read_failed", error=type(error).__name__)
-                await asyncio.sleep(0.2)
+                    log.warning("hub.read_failed", error=type(error).__name__, text=str(error)[:200])
+                await asyncio.sleep(RETRY_SECONDS)
 
     def watched(self, job_id: str) -> bool:
         """Whether somebody in this process still waits for the job."""
-        return job_id in self._streams
+        return job_id in self._streams or job_id in self._waiting
+
+    async def until_ended(self, job_id: str, tenant: str | None) -> JobRecord:
+        """The job once it has ended. Raises JobNotFound, and LedgerUnavailable as `follow` does."""
+        ended = asyncio.Event()
+        self._waiting.setdefault(job_id, set()).add(ended)
+        try:
+            record = await self._ledger.get(job_id, tenant)
+            while not record.terminal:
+                await _set_within(ended, TICK_SECONDS)
+                ended.clear()
+                record = await self._patiently(self._ledger.get(job_id, tenant)) or record
+            return record
+        finally:
+            self._waiting[job_id].discard(ended)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
 
     @contextmanager
     def watch(self, job_id: str, after: int) -> Iterator[Watch]:
@@ -127,20 +147,18 @@ class Hub:
             if not stream.watches and self._streams.get(job_id) is stream:
                 del self._streams[job_id]
 
-    async def follow(
-        self, job_id: str, tenant: str | None, *, after: int = -1, states_only: bool = False, tick: float = TICK_SECONDS
-    ) -> AsyncGenerator[list[Event], None]:
+    async def follow(self, job_id: str, tenant: str | None, *, after: int = -1) -> AsyncGenerator[list[Event], None]:
         """The job's events above `after` in order, [] at a tick of silence, until it has ended.
 
-        `states_only` leaves the deltas out undecoded, for those who want the end alone. Raises JobNotFound, and
-        LedgerUnavailable at once if the first read fails, later only when Redis stays away for OUTAGE_SECONDS.
+        Raises JobNotFound, and LedgerUnavailable at once if the first read fails, later only when Redis stays away
+        for OUTAGE_SECONDS.
         """
-        place = _Place(self._ledger, job_id, tenant, after, states_only)
+        place = _Place(self._ledger, job_id, tenant, after)
         yield await place.read_log()
         with self.watch(job_id, place.after) as watch:
             behind = watch.joined_late
             while not place.ended:
-                entries = [] if behind else await watch.take(tick)
+                entries = [] if behind else await watch.take(TICK_SECONDS)
                 behind = behind or entries is None or watch.lagged
                 if entries and not behind:
                     if events := place.accept(entries):
@@ -148,16 +166,17 @@ class Hub:
                     behind = place.missing
                 if behind:
                     watch.lagged = False
-                    yield await self._reread(place)
+                    yield await self._patiently(place.read_log()) or []
                     behind = place.more
 
-    async def _reread(self, place: "_Place") -> list[Event]:
+    async def _patiently(self, asking: Awaitable[T]) -> T | None:
+        """An answer of the ledger; None while Redis is away for no longer than a restart takes: the next tick asks."""
         try:
-            return await place.read_log()
+            return await asking
         except LedgerUnavailable:
             if self.outage_seconds > OUTAGE_SECONDS:
                 raise
-            return []  # the next tick asks again
+            return None
 
     def _poke(self) -> None:
         """Makes the blocked read look at the set of jobs again; one poke serves all that come before it does."""
@@ -177,17 +196,34 @@ class Hub:
             self._woken = False  # the read's own timeout of BLOCK_MS picks the job up
 
     async def _read(self) -> None:
+        if self._ended_id is None:
+            # Not "$": that would skip what is added between two reads.
+            last = await self._reader.execute_command("XREVRANGE", self._ended_key, "+", "-", "COUNT", 1)
+            self._ended_id = last[0][0].decode() if last else "0-0"
         self._woken = False  # jobs added from here on are not in this read, so they poke again
-        keys = [self._wake_key, *(f"{self._ledger.prefix}events:{job_id}" for job_id in self._streams)]
-        ids = [self._wake_id, *(f"{stream.last + 1}-0" for stream in self._streams.values())]
-        answer = await self._reader.execute_command(
-            "XREAD", "COUNT", ENTRIES_PER_READ, "BLOCK", BLOCK_MS, "STREAMS", *keys, *ids
-        )
-        for key, entries in _by_stream(answer):
+        keys = [self._ended_key, self._wake_key, *(self._log_key(job_id) for job_id in self._streams)]
+        ids = [self._ended_id, self._wake_id, *(f"{stream.last + 1}-0" for stream in self._streams.values())]
+        command = ("XREAD", "COUNT", ENTRIES_PER_READ, "BLOCK", BLOCK_MS, "STREAMS", *keys, *ids)
+        answer = list(_by_stream(await self._reader.execute_command(*command)))
+        for key, entries in answer:
             if key == self._wake_key:
                 self._wake_id = entries[-1][0].decode()
+            elif key == self._ended_key:
+                self._ended_id = entries[-1][0].decode()
+                self._tell_ended(_field(fields, b"id").decode() for _, fields in entries)
             else:
                 self._deliver(key.rpartition(":")[2], [_entry(*entry) for entry in entries])
+        if answer:
+            # With many streams something is always there: a short pause lets one read bring it for all of them.
+            await asyncio.sleep(min(LONGEST_PAUSE, PAUSE_PER_STREAM * len(self._streams)))
+
+    def _log_key(self, job_id: str) -> str:
+        return f"{self._ledger.prefix}events:{job_id}"
+
+    def _tell_ended(self, job_ids: Iterable[str]) -> None:
+        for job_id in job_ids:
+            for ended in self._waiting.get(job_id, ()):
+                ended.set()
 
     def _deliver(self, job_id: str, entries: list[Entry]) -> None:
         stream = self._streams.get(job_id)
@@ -200,11 +236,10 @@ class Hub:
 class _Place:
     """How far one reader has come in one log."""
 
-    def __init__(self, ledger: AsyncLedger, job_id: str, tenant: str | None, after: int, states_only: bool) -> None:
+    def __init__(self, ledger: AsyncLedger, job_id: str, tenant: str | None, after: int) -> None:
         self._ledger = ledger
         self._job_id = job_id
         self._tenant = tenant
-        self._states_only = states_only
         self.after = after
         self.ended = False
         self.missing = False
@@ -227,16 +262,31 @@ class _Place:
         if self.missing or not fresh:
             return []
         self.after = fresh[-1][0]
-        # Only the ledger's own events start like this; whoever waits for the end is spared decoding the rest.
-        shown = [entry for entry in fresh if not self._states_only or entry[1].startswith(b'{"type":"job.')]
-        events = [{"sequence_number": number, **json.loads(body)} for number, body in shown]
-        self.ended = bool(events) and names.is_terminal_event(events[-1]["type"])
+        events = [{"sequence_number": number, **json.loads(body)} for number, body in fresh]
+        self.ended = names.is_terminal_event(events[-1]["type"])
         return events
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether the event was set before the time was over."""
+    if not event.is_set():
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            return False
+    return True
 
 
 def _entry(stream_id: bytes, fields: Any) -> Entry:
     number = int(stream_id.partition(b"-")[0]) - 1
-    return number, fields[b"e"] if isinstance(fields, dict) else fields[1]
+    return number, _field(fields, b"e")
+
+
+def _field(fields: Any, name: bytes) -> bytes:
+    """A field of a stream entry, which redis-py gives as a dict or, raw, as a list of names and values."""
+    value: bytes = fields[name] if isinstance(fields, dict) else fields[fields.index(name) + 1]
+    return value
 
 
 def _by_stream(answer: Any) -> Iterator[tuple[str, list[Any]]]:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import aclosing
 from typing import TypeVar
 
 import structlog
@@ -42,15 +41,13 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 async def wait_for_end(use: Services, job_id: str, tenant: str, seconds: float | None) -> JobRecord:
     """The job once it has ended, or as it is after `seconds` (None = however long it takes)."""
-    if seconds != 0:
-        try:
-            async with asyncio.timeout(seconds):
-                async with aclosing(use.hub.follow(job_id, tenant, states_only=True)) as events:
-                    async for _ in events:
-                        pass
-        except TimeoutError:
-            pass
-    return await use.ledger.get(job_id, tenant)
+    if seconds == 0:
+        return await use.ledger.get(job_id, tenant)
+    try:
+        async with asyncio.timeout(seconds):
+            return await use.hub.until_ended(job_id, tenant)
+    except TimeoutError:
+        return await use.ledger.get(job_id, tenant)
 
 
 async def cancel_for_nobody(use: Services, job_id: str, tenant: str) -> None:
