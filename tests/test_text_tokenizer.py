@@ -6,7 +6,6 @@ import pytest
 import text_models
 from tokenizers import AddedToken
 
-from inferfleet.engine.text.logprobs import LOWEST, logprob_entry
 from inferfleet.engine.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -95,22 +94,6 @@ def test_bytes_of_tokens_join_to_the_bytes_of_their_text(tmp_path):
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
 
 
-def test_a_logprob_entry_has_openais_shape_and_is_json(tmp_path):
-    tokenizer = Tokenizer(folder(tmp_path))
-    half = tokenizer._backend.token_to_id("Ł")  # the byte 0x9F
-    entry = logprob_entry(tokenizer, half, -0.5, [(half, -0.5), (422, float("-inf"))])
-    assert entry == {
-        "token": "�",
-        "logprob": -0.5,
-        "bytes": [0x9F],
-        "top_logprobs": [
-            {"token": "�", "logprob": -0.5, "bytes": [0x9F]},
-            {"token": "<|im_end|>", "logprob": LOWEST, "bytes": list(b"<|im_end|>")},
-        ],
-    }
-    json.dumps(entry, allow_nan=False)
-
-
 def test_a_folder_without_tokenizer_json_is_refused_by_path(tmp_path):
     with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(tmp_path)
@@ -124,6 +107,15 @@ def test_a_broken_file_is_refused_by_name(tmp_path, name):
         _ = Tokenizer(path).eos_token_ids
 
 
+def test_a_decoder_that_cannot_stream_is_refused_by_name(tmp_path):
+    from tokenizers import decoders
+
+    backend = text_models.byte_level()
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(TokenizerError, match="WordPiece"):
+        Tokenizer(text_models.write_folder(tmp_path, backend))
+
+
 def test_a_special_token_that_swallows_white_space_still_does(tmp_path):
     backend = text_models.prefix_space()
     tokenizer = Tokenizer(text_models.write_folder(tmp_path, backend))
@@ -133,7 +125,7 @@ def test_a_special_token_that_swallows_white_space_still_does(tmp_path):
 
 
 def test_the_text_side_loads_no_torch():
-    code = "import sys, inferfleet.engine.text.prompt, inferfleet.engine.text.logprobs, inferfleet.engine.text.stop;" \
+    code = "import sys, inferfleet.engine.text.prompt, inferfleet.engine.text.stop;" \
         " sys.exit('torch' in sys.modules)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -22,7 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class UnsupportedDecoder(ValueError):
-    """tokenizer.json asks for a decoder that cannot be run token by token here."""
+    """The file asks for a decoder that cannot be run token by token here."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _read(parts: list[dict[str, Any]]) -> dict[str, Any]:
         elif kind == "Replace" and (not fused or _is_single_character(part)):
             steps.append(_replace(part))
         else:
-            raise UnsupportedDecoder(f"tokenizer.json: cannot decode token by token with {json.dumps(part)}")
+            raise UnsupportedDecoder(f"cannot decode token by token with {json.dumps(part)}")
     return found | {"steps": tuple(steps)}
 
 

@@ -18,7 +18,7 @@ import tokenizers
 
 from inferfleet.engine.text.detokenizer import IncrementalDetokenizer
 from inferfleet.engine.text.markers import Span
-from inferfleet.engine.text.pieces import PieceDecoder
+from inferfleet.engine.text.pieces import PieceDecoder, UnsupportedDecoder
 
 
 class TokenizerError(ValueError):
@@ -40,7 +40,10 @@ class Tokenizer:
         # Settings of training time that some folders carry along; a prompt is never cut or filled up.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.pieces = PieceDecoder.from_json(text)
+        try:
+            self.pieces = PieceDecoder.from_json(text)
+        except UnsupportedDecoder as error:
+            raise TokenizerError(f"{self.folder / 'tokenizer.json'}: {error}") from error
         added = self._backend.get_added_tokens_decoder()
         #: Text -> id of the tokens that the library finds before anything else.
         self.added_tokens = {token.content: token_id for token_id, token in added.items()}
