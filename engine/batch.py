@@ -108,7 +108,7 @@ class Arena:
             target[...] = array
         if self._copied is not None:
             self._mirror[: self._used].copy_(self._host[: self._used], non_blocking=True)
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._mirror.device))
         return self._tensors
 
     def _cut(self, shapes: list[tuple[int, ...]]) -> None:
