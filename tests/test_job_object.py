@@ -93,8 +93,13 @@ def test_a_waiting_job_shows_its_place_and_when_its_turn_comes_once_a_pace_is_kn
     for i in range(4):
         submit(ledger, f"job_{i}")
     assert to_job_object(ledger.get("job_3")).eta_seconds is None
-    for i in range(2):
-        ledger.complete(f"job_{i}", claim(ledger, f"t{i}").fence, state="completed", response=b"{}")
-    ledger.redis.hset(f"{ledger.prefix}pace:m", "gap", 500)
+    # given one job that ended after half a second, long after any other
+    ledger.redis.hset(f"{ledger.prefix}pace:m", mapping={"last": 1, "gap": 500})
+    fence = claim(ledger).fence
+    ledger.redis.hincrby(f"{ledger.prefix}job:job_0", "claimed_ms", -500)
+    ledger.complete("job_0", fence, state="completed", response=b"{}")
+    claim(ledger, "t1")
     job = to_job_object(ledger.get("job_3"))
-    assert (job.queue_position, job.eta_seconds) == (1, 1.0)
+    # then the pace is that half second, and the idle years count for nothing
+    assert job.queue_position == 1
+    assert 1.0 <= job.eta_seconds < 60

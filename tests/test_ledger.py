@@ -71,12 +71,12 @@ def drain(ledger):
 
 def test_lower_priority_runs_first_then_the_earlier_deadline_then_the_older_job(ledger):
     submit(ledger, "job_late", priority=5)
-    submit(ledger, "job_old")
-    submit(ledger, "job_young")
+    submit(ledger, "job_z_old")
+    submit(ledger, "job_a_young")
     submit(ledger, "job_far", deadline_ms=FAR)
     submit(ledger, "job_near", deadline_ms=FAR - 1)
     submit(ledger, "job_first", priority=-100)
-    assert drain(ledger) == ["job_first", "job_near", "job_far", "job_old", "job_young", "job_late"]
+    assert drain(ledger) == ["job_first", "job_near", "job_far", "job_z_old", "job_a_young", "job_late"]
 
 
 def test_a_requeued_job_keeps_its_age(ledger):

@@ -81,7 +81,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS), priority=st.integers(-2, 2), deadline=st.sampled_from([None, None, FAR, PAST]))
     def submit(self, model, priority, deadline):
-        job_id = f"job_{len(self.twins):03}"
+        job_id = f"job_{999 - len(self.twins)}"  # so that the order of ids is not that of ages
         options = {"model": model, "tenant": "a", "body_hash": "h", "priority": priority, "deadline_ms": deadline}
         answers = [self.ledger.submit(job_id, b"{}", **options) for _ in range(2)]
         assert [answer.queued for answer in answers] == [True, False]

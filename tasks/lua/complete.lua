@@ -16,5 +16,5 @@ elseif state == 'cancelled' and overdue(job) then
   state, result.error = 'expired', ERRORS.deadline_exceeded
 end
 finish(job, state, result)
-pace(job.model)
+pace(job)
 return 'done'
