@@ -114,11 +114,15 @@ def _draw(logits: Tensor, rows: Sequence[RowState], drawn: list[int], top: Tenso
 def _groups(limits: Sequence[Limits], logits: Tensor) -> Iterator[list[int]]:
     """Rows that are computed together: all with limits or all without, and on the CPU only as many as its caches
     hold."""
-    size = max(1, CPU_GROUP // logits.shape[1]) if logits.device.type == "cpu" else len(limits)
     for wanted in (False, True):
         members = [member for member, limit in enumerate(limits) if limit.any is wanted]
-        for start in range(0, len(members), max(1, size)):
-            yield members[start : start + size]
+        yield from _cut(members, logits)
+
+
+def _cut(members: Sequence[int], logits: Tensor) -> Iterator[list[int]]:
+    size = max(1, CPU_GROUP // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(members))
+    for start in range(0, len(members), size):
+        yield list(members[start : start + size])
 
 
 def _uniforms(rows: Sequence[RowState]) -> np.ndarray:
@@ -158,10 +162,7 @@ def _logprobs(logits: Tensor, rows: Sequence[RowState], token_ids: list[int]) ->
     if not any(row.params.logprobs is not None for row in rows):
         return None
     found: list[TokenLogprobs | None] = [None] * len(rows)
-    size = max(1, CPU_GROUP // logits.shape[1])
-    numbers = list(asked)
-    for start in range(0, len(numbers), size):
-        group = numbers[start : start + size]
+    for group in _cut(list(asked), logits):
         at = torch.tensor(group, device=logits.device)
         logprobs = logits[at].log_softmax(-1)
         picked = torch.tensor([token_ids[n] for n in group], device=logits.device)

@@ -88,6 +88,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_stop_ids(self.stop_token_ids))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles through `to_dict`: the read-only mapping inside can do neither."""
+        return type(self).from_dict, (self.to_dict(),)
+
     @property
     def greedy(self) -> bool:
         """The likeliest token wins; temperature, top_k, top_p, min_p and seed change nothing."""

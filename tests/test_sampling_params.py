@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -68,6 +70,11 @@ def test_parameters_survive_a_journey_through_json():
         logprobs=0,
     )
     assert SamplingParams.from_dict(json.loads(json.dumps(params.to_dict()))) == params
+
+
+def test_parameters_can_be_copied_and_pickled():
+    params = SamplingParams(logit_bias={1: 2.0}, stop="x")
+    assert copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
 
 
 def test_defaults_travel_as_nothing():
