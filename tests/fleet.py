@@ -27,11 +27,13 @@ FAST = {"lease_seconds": 2, "heartbeat_seconds": 0.5, "sweep_seconds": 0.2, "dra
 class WorkerProcess:
     """One worker; its log is a list of JSON lines."""
 
-    def __init__(self, settings, log_path):
+    def __init__(self, settings, log_path, real):
         self.settings, self.log_path = settings, log_path
         with log_path.open("wb") as log:
-            command = [sys.executable, str(FAKE_WORKER), settings.model_dump_json()]
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            command = [sys.executable, str(FAKE_WORKER), settings.model_dump_json(), *(["real"] if real else [])]
+            # One thread an engine: these models are tiny, and two engines would fight over the cores.
+            env = {**os.environ, "INFERFLEET_ENGINE_THREADS": "1"}
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
     @property
     def pid(self):
@@ -74,12 +76,12 @@ class Fleet:
         self.doorbell = Doorbell(redis_url)
         self.workers = []
 
-    def start_worker(self, models=None, wait=True, **settings):
-        """A worker of `models` (name -> path, or the whole spec), ready unless `wait` is false."""
+    def start_worker(self, models=None, *, wait=True, real=False, **settings):
+        """A worker of `models` (name -> path, or the whole spec), ready unless `wait` is false; `real` = with our engine."""
         given = models or {"m": "fake"}
         specs = {name: {"path": spec} if isinstance(spec, str) else spec for name, spec in given.items()}
         chosen = Settings.model_validate({"redis_url": self.redis_url, **FAST, "models": specs, **settings})
-        worker = WorkerProcess(chosen, self.folder / f"worker{len(self.workers)}.log")
+        worker = WorkerProcess(chosen, self.folder / f"worker{len(self.workers)}.log", real)
         self.workers.append(worker)
         if wait:
             until(lambda: len(worker.lines("engine_ready")) == len(specs))

@@ -1,0 +1,83 @@
+"""The whole way under the API with our own engine: ledger, Celery, worker, engine process, answer."""
+
+import json
+
+import pytest
+import torch
+from fleet import Fleet, deltas, until
+from parity.checkpoints import write
+
+from inferfleet.engine.offline import LLM
+from inferfleet.engine.sampling_params import SamplingParams
+
+SMALL = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "kv_cache_tokens": 4096}
+#: A step may take long on a busy machine, and no lease shall lapse meanwhile.
+CALM = {"lease_seconds": 60, "heartbeat_seconds": 1, "stall_seconds": 600}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    write("qwen3", 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def offline(folder):
+    torch.set_num_threads(1)
+    return LLM(folder, **SMALL)
+
+
+@pytest.fixture
+def fleet(redis_url, tmp_path):
+    fleet = Fleet(redis_url, tmp_path)
+    yield fleet
+    fleet.close()
+
+
+def messages(words):
+    return [{"role": "user", "content": words}]
+
+
+def answers_of(record):
+    return [choice["message"]["content"] for choice in json.loads(record.response)["choices"]]
+
+
+def test_a_fleet_answers_like_the_offline_engine_batched_and_seeded(fleet, folder, offline):
+    fleet.start_worker(models={"tiny": {"path": str(folder), **SMALL}}, real=True, **CALM)
+    sampled = {"temperature": 1.0, "max_tokens": 24, "ignore_eos": True}
+
+    jobs = [fleet.submit(f"question {n}", model="tiny", body={"seed": n, "n": 2, **sampled}) for n in range(12)]
+    records = [fleet.wait(job_id) for job_id in jobs]
+
+    for n, record in enumerate(records):
+        output = offline.chat(messages(f"question {n}"), SamplingParams(seed=n, n=2, **sampled))[0]
+        assert answers_of(record) == [answer.text for answer in output.outputs]
+        assert record.usage["completion_tokens"] == 48
+        assert record.usage["prompt_tokens"] == len(output.prompt_token_ids)
+
+
+def test_a_sampled_answer_is_the_same_after_its_engine_was_killed_in_the_middle(fleet, folder, offline):
+    worker = fleet.start_worker(models={"tiny": {"path": str(folder), **SMALL}}, real=True, **CALM)
+    sampled = {"temperature": 1.0, "max_tokens": 200, "ignore_eos": True}
+
+    job_id = fleet.submit("tell me everything", model="tiny", body={"seed": 11, **sampled})
+    fleet.wait_for_words(job_id, 2)
+    worker.engines()[0].kill()
+    record = fleet.wait(job_id)
+
+    expected = offline.chat(messages("tell me everything"), SamplingParams(seed=11, **sampled))[0].outputs[0]
+    assert record.deaths == 1
+    assert answers_of(record) == [expected.text]
+    said = deltas(fleet.ledger.events(job_id))
+    assert [token for event in said for token in event["token_ids"]] == expected.token_ids
+    assert "".join(event["delta"] for event in said) == expected.text
+
+
+def test_a_model_that_is_not_there_fails_its_jobs_and_says_so_on_its_card(fleet, tmp_path):
+    fleet.start_worker(models={"tiny": {"path": str(tmp_path / "nothing")}}, real=True, wait=False)
+
+    record = fleet.wait(fleet.submit("hello", model="tiny"))
+
+    assert record.state == "failed"
+    assert until(lambda: fleet.ledger.cards()["tiny"])["state"] == "failed"
