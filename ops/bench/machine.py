@@ -1,0 +1,71 @@
+"""What the machine of a benchmark is, and its limits measured in the same run: memory and matrix rates."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, thread count, versions and load: what a figure means nothing without."""
+    on_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def seconds(work: Callable[[], object], device: torch.device, passes: int) -> dict[str, float]:
+    """Median and best time of `work`, which has run once before to warm up."""
+    work()
+    taken = []
+    for _ in range(passes):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return {"median": statistics.median(taken), "best": min(taken)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_rate(device: torch.device, num_bytes: int = 256 * 2**20) -> float:
+    """Bytes read and written per second by a large copy; the best of five."""
+    source = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / seconds(lambda: target.copy_(source), device, 5)["best"]
+
+
+def read_rate(device: torch.device, num_bytes: int = 256 * 2**20) -> float:
+    """Bytes read per second by a sum over a large tensor; the best of five."""
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    return num_bytes / seconds(source.sum, device, 5)["best"]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a large product; the best of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+    return 2 * size**3 / seconds(lambda: a @ b, device, 5)["best"]
