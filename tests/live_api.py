@@ -12,36 +12,64 @@ import openai
 import uvicorn
 from hand_worker import HandWorker
 
+from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
+from inferfleet.workers.api.ringer import Ring
 from inferfleet.workers.api.server import create_app, listen
 
 
 @dataclass(frozen=True)
 class LiveApi:
     url: str
-    worker: HandWorker
     settings: Settings
     _clients: ExitStack
+    _worker: HandWorker | None = None
+
+    @property
+    def worker(self) -> HandWorker:
+        assert self._worker is not None, "this API works with real workers"
+        return self._worker
 
     def http(self, **kwargs: Any) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, trust_env=False, timeout=30, **kwargs)
 
     def sdk(self, *, api_key: str = "none", max_retries: int = 0, **kwargs: Any) -> openai.OpenAI:
         url = f"{self.url}/v1"
-        client = openai.OpenAI(base_url=url, api_key=api_key, max_retries=max_retries, timeout=30, **kwargs)
+        client = openai.OpenAI(base_url=url, api_key=api_key, max_retries=max_retries, timeout=60, **kwargs)
         return self._clients.enter_context(client)
 
 
 @contextmanager
 def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
-    """An API and a worker; `settings` go over the defaults."""
-    logs.configure("warning", "json")
+    """An API and a worker by hand; `settings` go over the defaults."""
     chosen = Settings(redis_url=redis_url, namespace=f"api-{uuid.uuid4().hex}", drain_grace_seconds=1, **settings)
     worker = HandWorker(redis_url, chosen.namespace)
     worker.start()
-    app = create_app(chosen, worker.ring)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    try:
+        with serving(chosen, worker.ring) as (url, clients):
+            yield LiveApi(url, chosen, clients, worker)
+    finally:
+        worker.stop()
+
+
+@contextmanager
+def api_of_workers(redis_url: str, namespace: str, **settings: Any) -> Iterator[LiveApi]:
+    """An API that rings for real workers."""
+    chosen = Settings(redis_url=redis_url, namespace=namespace, drain_grace_seconds=1, **settings)
+    bell = Doorbell(redis_url)
+    try:
+        with serving(chosen, bell.ring) as (url, clients):
+            yield LiveApi(url, chosen, clients)
+    finally:
+        bell.close()
+
+
+@contextmanager
+def serving(settings: Settings, ring: Ring) -> Iterator[tuple[str, ExitStack]]:
+    """uvicorn in a thread; gives its address and a stack that closes clients before the server goes."""
+    logs.configure("warning", "json")
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, ring), log_config=None, timeout_graceful_shutdown=1))
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -49,11 +77,10 @@ def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
         try:
             _wait_until_up(url)
             with ExitStack() as clients:
-                yield LiveApi(url, worker, chosen, clients)
+                yield url, clients
         finally:
             server.should_exit = True
             thread.join(timeout=15)
-            worker.stop()
 
 
 def _wait_until_up(url: str) -> None:

@@ -5,7 +5,9 @@ here declares a body model: the bytes go to `inferfleet.tasks.contracts`, which 
 """
 
 import asyncio
+from collections.abc import Callable
 from email.message import Message
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -13,6 +15,16 @@ from inferfleet.tasks.errors import BodyTooLarge, InvalidRequest, UnsupportedMed
 
 #: A client that overshoots still has to read our 413: what it is sending is thrown away for this long before we close.
 LINGER_SECONDS = 1.0
+#: A larger body is parsed in a thread, so that others are answered meanwhile.
+INLINE_BYTES = 64 * 1024
+
+T = TypeVar("T")
+
+
+async def read_contract(request: Request, limit: int, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of the body. Raises what read_json_body and `parse` raise."""
+    raw = await read_json_body(request, limit)
+    return parse(raw) if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse, raw)
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:

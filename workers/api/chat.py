@@ -15,7 +15,7 @@ from inferfleet.tasks.errors import FleetError
 from inferfleet.tasks.records import Event, Submitted
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_json_body
+from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.chunks import ChunkWriter
 from inferfleet.workers.api.openapi import CHAT
 from inferfleet.workers.api.prefer import read_prefer
@@ -42,7 +42,7 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
 
     A client that leaves cancels its job, unless it sent an Idempotency-Key: then it may come back for it.
     """
-    chat = parse_chat(await read_json_body(request, use.settings.max_body_bytes))
+    chat = await read_contract(request, use.settings.max_body_bytes, parse_chat)
     prefer = read_prefer(request.headers)
     await use.door.check(chat)
     submitted = await accept(use, request.headers, JobRequest.from_chat(chat), tenant)

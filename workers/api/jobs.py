@@ -16,7 +16,7 @@ from inferfleet.tasks.records import Event
 from inferfleet.workers.api import openapi
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_json_body
+from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
@@ -141,8 +141,7 @@ async def cancel_job(job_id: JobId, tenant: Tenant, use: Use) -> Response:
 @router.patch("/{job_id}", openapi_extra=openapi.PATCH_JOB)
 async def update_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) -> Response:
     """Change the priority (lower runs first) or the deadline of a job that waits."""
-    raw = await read_json_body(request, use.settings.max_body_bytes)
-    change = validated(openapi.JobUpdate, strict_json.loads(raw))
+    change = await read_contract(request, use.settings.max_body_bytes, _parse_update)
     if change.priority is None and change.deadline is None:
         raise InvalidRequest("give priority, deadline or both", param="priority")
     deadline_ms = None if change.deadline is None else round(change.deadline * 1000)
@@ -176,9 +175,13 @@ async def delete_job(job_id: JobId, tenant: Tenant, use: Use) -> Response:
 
 
 async def _read_job(request: Request, use: Services) -> JobRequest:
-    job = parse_job(await read_json_body(request, use.settings.max_body_bytes))
+    job = await read_contract(request, use.settings.max_body_bytes, parse_job)
     await use.door.check(job.body)
     return job
+
+
+def _parse_update(raw: bytes) -> openapi.JobUpdate:
+    return validated(openapi.JobUpdate, strict_json.loads(raw))
 
 
 def _last_event_id(request: Request) -> int:
