@@ -5,6 +5,7 @@ answer raises LedgerUnavailable; repeating it is always safe.
 """
 
 import functools
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -32,8 +33,9 @@ BACKOFF = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
 #: Each waiting reader of events holds one connection.
 MAX_CONNECTIONS = 10_000
 
-#: What a server says when it cannot write now, though nothing is wrong with the command.
-REFUSALS = ("MISCONF", "OOM", "NOREPLICAS", "READONLY", "MASTERDOWN", "LOADING", "BUSY")
+#: What a server says when it cannot write now, though nothing is wrong with the command. Redis 6.2 puts it behind
+#: "Error running script ...: -".
+REFUSAL = re.compile(r"(^|: -)(MISCONF|OOM|NOREPLICAS|READONLY|MASTERDOWN|LOADING|BUSY)\b")
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def as_unavailable() -> Iterator[None]:
     except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
         raise LedgerUnavailable(f"the ledger (Redis) does not answer: {type(error).__name__}", retry_after=1) from error
     except exceptions.ResponseError as error:
-        if not str(error).startswith(REFUSALS) and not isinstance(error, exceptions.OutOfMemoryError):
+        if not REFUSAL.search(str(error)) and not isinstance(error, exceptions.OutOfMemoryError):
             raise
         raise LedgerUnavailable("the ledger (Redis) refuses to write now", retry_after=5) from error
 
