@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fleet import Fleet, deltas, until
+from fleet import Fleet, deltas
 from parity.checkpoints import write
 
 from inferfleet.engine.offline import LLM
@@ -72,12 +72,3 @@ def test_a_sampled_answer_is_the_same_after_its_engine_was_killed_in_the_middle(
     said = deltas(fleet.ledger.events(job_id))
     assert [token for event in said for token in event["token_ids"]] == expected.token_ids
     assert "".join(event["delta"] for event in said) == expected.text
-
-
-def test_a_model_that_is_not_there_fails_its_jobs_and_says_so_on_its_card(fleet, tmp_path):
-    fleet.start_worker(models={"tiny": {"path": str(tmp_path / "nothing")}}, real=True, wait=False)
-
-    record = fleet.wait(fleet.submit("hello", model="tiny"))
-
-    assert record.state == "failed"
-    assert until(lambda: fleet.ledger.cards()["tiny"])["state"] == "failed"
