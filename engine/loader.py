@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from inferfleet.engine.admission import Admission
 from inferfleet.engine.blocks import BlockManager, GroupSize
 from inferfleet.engine.cache import ContiguousCache, KVCache
@@ -46,9 +48,12 @@ class EngineSpec:
     max_num_batched_tokens: int = 2048
     paged_attn: bool = True
     prefix_caching: bool = True
+    #: CPU threads; None = leave what the process has.
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "block_size", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens"):
+        counts = "max_model_len block_size kv_cache_tokens max_num_seqs max_num_batched_tokens threads"
+        for name in counts.split():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
@@ -73,6 +78,8 @@ class Loaded:
 
 def load_engine(spec: EngineSpec) -> Loaded:
     """Load everything. Raises LoadError, a ModelError, TokenizerError or ChatTemplateError; each says what to do."""
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
     loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     started = time.perf_counter()
     prompts = PromptEncoder(loaded.folder)

@@ -157,14 +157,9 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def thread_count() -> int:
-    """INFERFLEET_ENGINE_THREADS, or the cores that this process may use."""
-    wanted = os.environ.get("INFERFLEET_ENGINE_THREADS")
-    if wanted is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise SystemExit(f"INFERFLEET_ENGINE_THREADS must be a whole number of at least 1, not {wanted!r}")
-    return int(wanted)
+def usable_cores() -> int:
+    """The cores that this process may use; a spec's `threads` goes over it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> int:
@@ -178,7 +173,7 @@ def main() -> int:
     # Ctrl-C reaches the whole terminal group; when this process ends is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(options.fd, False)
-    torch.set_num_threads(thread_count())
+    torch.set_num_threads(usable_cores())
     try:
         Child(Connection(options.fd)).run()
     except Closed:

@@ -52,6 +52,8 @@ class ModelSpec(BaseModel):
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=1 << 20)
     paged_attn: bool = True
     prefix_caching: bool = True
+    #: CPU threads of its engine; None = every core that the process may use. Models on one CPU should share them.
+    threads: int | None = Field(default=None, ge=1, le=1024)
     #: Load at the worker's start, not at the first job.
     eager: bool = True
 

@@ -10,7 +10,7 @@ import pytest
 from parity.checkpoints import write
 
 from inferfleet.engine.offline import LLM
-from inferfleet.engine.process import thread_count
+from inferfleet.engine.process import usable_cores
 from inferfleet.engine.sampling_params import SamplingParams
 
 PATIENCE = 60
@@ -26,7 +26,6 @@ class Child:
                 [sys.executable, "-m", "inferfleet.engine.process", "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stderr=stderr,
-                env=os.environ | {"INFERFLEET_ENGINE_THREADS": "1"},
             )
         self.wire = Connection(ours.detach())
 
@@ -39,7 +38,7 @@ class Child:
 
     def load(self, folder, **spec):
         defaults = {"path": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 256}
-        self.send("load", model="tiny", spec=defaults | {"kv_cache_tokens": 4096} | spec)
+        self.send("load", model="tiny", spec=defaults | {"kv_cache_tokens": 4096, "threads": 1} | spec)
         return self.receive()
 
     def add(self, name, text="hello", *, sampling=None, **fields):
@@ -227,13 +226,14 @@ def test_a_model_that_cannot_be_loaded_is_told_and_ends_the_process(tmp_path):
     assert child.process.wait(PATIENCE) == 1
 
 
-@pytest.mark.parametrize("threads", ["0", "many", "-1"])
-def test_a_bad_number_of_threads_stops_the_start(monkeypatch, threads):
-    monkeypatch.setenv("INFERFLEET_ENGINE_THREADS", threads)
-    with pytest.raises(SystemExit, match="INFERFLEET_ENGINE_THREADS must be a whole number"):
-        thread_count()
+@pytest.mark.parametrize("threads", [0, -1, "many"])
+def test_a_bad_number_of_threads_refuses_the_load(tmp_path, threads):
+    child = Child(subprocess.DEVNULL)
+    message = child.load(tmp_path, threads=threads)
+    assert message["op"] == "failed"
+    assert "threads must be a whole number of at least 1" in message["message"]
+    assert child.process.wait(PATIENCE) == 1
 
 
-def test_without_a_setting_the_engine_uses_the_cores_it_may_use(monkeypatch):
-    monkeypatch.delenv("INFERFLEET_ENGINE_THREADS", raising=False)
-    assert 1 <= thread_count() <= os.cpu_count()
+def test_without_a_setting_the_engine_uses_the_cores_it_may_use():
+    assert 1 <= usable_cores() <= os.cpu_count()
