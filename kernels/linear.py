@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_int64, c_void_p
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,12 @@ class PackedLinear:
 
     weight [N, K] and bias [N] are taken over; drop yours after this, or memory holds both. `layout` says what the
     weight became: "panels" (csrc/linear.cpp), "onednn", or "plain" where neither has a path (CUDA, other dtypes).
+    With to_float the result is float32, which the panels give unrounded: logits of bfloat16 would tie by the dozen.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, to_float: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
+        self.out_dtype = torch.float32 if to_float else weight.dtype
         self.dtype, self.device = weight.dtype, weight.device
         self.bias = None if bias is None else bias.detach().contiguous()
         self.layout = best_layout(weight)
@@ -44,18 +47,18 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.layout == "plain":
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias).to(self.out_dtype)
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             wanted = f"[..., {self.in_features}] of {self.dtype}"
             raise ValueError(f"this linear takes {wanted}, not {list(x.shape)} of {x.dtype}")
-        return self._panels(x) if self.layout == "panels" else self._onednn(x)
+        return self._panels(x) if self.layout == "panels" else self._onednn(x).to(self.out_dtype)
 
     def _panels(self, x: Tensor) -> Tensor:
         rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, self.in_features).contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=self.dtype)
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=self.out_dtype)
         native = panels()
         assert native is not None, "the weight lies in panels, so there was a library"
-        native["linear", self.dtype](
+        native["linear_to_float" if self.out_dtype is torch.float32 else "linear", self.dtype](
             out.data_ptr(),
             rows.data_ptr(),
             self.weight.data_ptr(),
@@ -81,11 +84,10 @@ class PackedLinear:
 @functools.cache
 def panels() -> build.Functions | None:
     """The C++ path's functions, or None where there is no compiler."""
-    linear = [*[c_void_p] * 4, *[c_int64] * 5]
-    pack = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
-    return build.bind(
-        "linear", {"linear": linear, "pack": pack, "packed_size": [c_int64, c_int64], "suits_machine": []}
-    )
+    linear: list[Any] = [*[c_void_p] * 4, *[c_int64] * 5]
+    pack: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
+    layout: dict[str, list[Any]] = {"pack": pack, "packed_size": [c_int64, c_int64], "suits_machine": []}
+    return build.bind("linear", {"linear": linear, "linear_to_float": linear, **layout})
 
 
 def panels_suit(dtype: torch.dtype) -> bool:

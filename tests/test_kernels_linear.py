@@ -53,6 +53,21 @@ def test_a_packed_linear_equals_the_plain_one(inputs, outputs, rows, with_bias, 
     assert_same(linear.PackedLinear(weight, bias)(x), linear.reference(x, weight, bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_to_float_gives_float32(dtype, layout):
+    weight, bias, x = (
+        numbers(40, 64, dtype=dtype) / 8,
+        numbers(40, dtype=dtype, seed=1),
+        numbers(5, 64, dtype=dtype, seed=2),
+    )
+
+    actual = linear.PackedLinear(weight, bias, to_float=True)(x)
+
+    exact = linear.reference(x.float(), weight.float(), bias.float())
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, exact, rtol=0, atol=1e-5 if layout == "panels" else 2**-6)
+
+
 def test_a_packed_linear_takes_a_slice_of_wider_rows_and_no_rows(layout):
     weight, wide = numbers(48, 64), numbers(9, 100, seed=1)
     packed = linear.PackedLinear(weight)

@@ -49,12 +49,12 @@ class Head(Weighted):
         return Slots() if self.is_tied else Slots({f"{name}.weight": _present(self._weight)})
 
     def finalize(self) -> None:
-        self._product = PackedLinear(_present(self._weight))
+        self._product = PackedLinear(_present(self._weight), to_float=True)
         self._weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._product is not None, "finalize comes before the first product"
-        return self._product(x).float()
+        return self._product(x)
 
 
 def _present(weight: Tensor | None) -> Tensor:

@@ -14,8 +14,8 @@ template <class T> void pack(T *packed, const T *weight, int64_t outputs, int64_
         pack_panel(packed + panel * panel_size<T>(inputs), weight, panel * panel_width, outputs, inputs);
 }
 
-template <class T>
-void multiply(T *out, const T *x, const T *packed, const T *bias, int64_t rows, int64_t outputs, int64_t inputs,
+template <class Out, class T>
+void multiply(Out *out, const T *x, const T *packed, const T *bias, int64_t rows, int64_t outputs, int64_t inputs,
               int64_t stride, int64_t threads) {
     std::vector<const T *> pointers(rows);
     for (int64_t row = 0; row < rows; ++row) pointers[row] = x + row * stride;
@@ -28,12 +28,12 @@ void multiply(T *out, const T *x, const T *packed, const T *bias, int64_t rows, 
             multiply_rows(pointers.data() + begin, end - begin, packed + panel * panel_size<T>(inputs), inputs,
                           [&](int64_t first, int64_t count, const float *sums) {
                               for (int64_t m = 0; m < count; ++m, sums += panel_width) {
-                                  T *to = out + (begin + first + m) * outputs + column;
+                                  Out *to = out + (begin + first + m) * outputs + column;
                                   if (bias)
                                       for (int64_t n = 0; n < width; ++n)
-                                          to[n] = narrow<T>(sums[n] + widen(bias[column + n]));
+                                          to[n] = narrow<Out>(sums[n] + widen(bias[column + n]));
                                   else
-                                      for (int64_t n = 0; n < width; ++n) to[n] = narrow<T>(sums[n]);
+                                      for (int64_t n = 0; n < width; ++n) to[n] = narrow<Out>(sums[n]);
                               }
                           });
         }
@@ -51,6 +51,10 @@ void multiply(T *out, const T *x, const T *packed, const T *bias, int64_t rows, 
     }                                                                                                                  \
     extern "C" void linear_##suffix(T *out, const T *x, const T *packed, const T *bias, int64_t rows, int64_t outputs, \
                                     int64_t inputs, int64_t stride, int64_t threads) {                                 \
+        multiply(out, x, packed, bias, rows, outputs, inputs, stride, threads);                                        \
+    }                                                                                                                  \
+    extern "C" void linear_to_float_##suffix(float *out, const T *x, const T *packed, const T *bias, int64_t rows,     \
+                                             int64_t outputs, int64_t inputs, int64_t stride, int64_t threads) {       \
         multiply(out, x, packed, bias, rows, outputs, inputs, stride, threads);                                        \
     }
 LINEAR(f32, float)
