@@ -109,6 +109,8 @@ def test_update_refuses_a_running_job(ledger):
     claim(ledger)
     with pytest.raises(NotQueued):
         ledger.update("job_1", priority=1)
+    assert ledger.get("job_1").priority == 0
+    assert claim(ledger, "t2") is None
 
 
 def test_a_claim_looks_past_expired_jobs_but_not_without_bound(ledger):
