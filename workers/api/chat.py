@@ -12,7 +12,7 @@ from starlette.responses import Response
 from inferfleet.tasks import names
 from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, parse_chat
 from inferfleet.tasks.errors import FleetError
-from inferfleet.tasks.records import Event, Submitted
+from inferfleet.tasks.records import Event, JobRecord, Submitted
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
@@ -48,7 +48,8 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
     submitted = await accept(use, request.headers, JobRequest.from_chat(chat), tenant)
     try:
         if prefer.wait_seconds is not None:
-            return await _answer_job(request, use, submitted, tenant, prefer.wait_seconds)
+            record = await _at_most(request, use, submitted.job_id, tenant, prefer.wait_seconds)
+            return _job_or_answer(use, submitted, record, prefer.wait_seconds)
         if chat.stream:
             return await _answer_stream(request, use, submitted, tenant, chat)
         record = await unless_gone(request, wait_for_end(use, submitted.job_id, tenant, None))
@@ -58,12 +59,18 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
         return Response(status_code=CLIENT_LEFT)
 
 
-async def _answer_job(request: Request, use: Services, submitted: Submitted, tenant: str, seconds: float) -> Response:
-    record = await unless_gone(request, wait_for_end(use, submitted.job_id, tenant, seconds))
-    applied = {"preference-applied": f"wait={seconds:.0f}" if seconds else "respond-async"}
+async def _at_most(request: Request, use: Services, job_id: str, tenant: str, seconds: float) -> JobRecord:
+    if seconds == 0:  # whoever asks for a job and not for its answer may leave at once
+        return await use.ledger.get(job_id, tenant)
+    return await unless_gone(request, wait_for_end(use, job_id, tenant, seconds))
+
+
+def _job_or_answer(use: Services, submitted: Submitted, record: JobRecord, seconds: float) -> Response:
+    headers = replay_headers(submitted)
+    headers["preference-applied"] = f"wait={seconds:.0f}" if seconds else "respond-async"
     if record.terminal:
-        return Response(answer_of(record), headers=replay_headers(submitted) | applied, media_type="application/json")
-    return accepted_response(use, record, replay_headers(submitted) | applied)
+        return Response(answer_of(record), headers=headers, media_type="application/json")
+    return accepted_response(use, record, headers)
 
 
 async def _answer_stream(

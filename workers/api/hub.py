@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import redis.asyncio
-import structlog
 from redis.exceptions import RedisError
 
 from inferfleet.tasks import calls, names
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Event, JobRecord
+from inferfleet.workers import logs
 
-log = structlog.get_logger(__name__)
+log = logs.get("api")
 
 #: Longest block of one read: bounds how late a job is noticed whose wake-up Redis refused (disk full).
 BLOCK_MS = 1000
@@ -108,7 +108,7 @@ class Hub:
             except Exception as error:  # whatever it is: without this task everybody here would wait for ticks
                 if self._failing_since is None:
                     self._failing_since = time.monotonic()
-                    log.warning("hub.read_failed", error=type(error).__name__, text=str(error)[:200])
+                    log.warning("hub_read_failed", error=type(error).__name__, reason=str(error)[:200])
                 await asyncio.sleep(RETRY_SECONDS)
 
     def watched(self, job_id: str) -> bool:

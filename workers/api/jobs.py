@@ -65,7 +65,10 @@ async def create_job(request: Request, tenant: Tenant, use: Use) -> Response:
         record = await unless_gone(request, wait_for_end(use, submitted.job_id, tenant, wait))
     except ClientGone:  # a job that was asked for by name of job outlives its connection
         return Response(status_code=CLIENT_LEFT)
-    return accepted_response(use, record, replay_headers(submitted))
+    headers = replay_headers(submitted)
+    if wait and record.terminal:
+        return job_response(use, record, 200, headers)
+    return accepted_response(use, record, headers)
 
 
 @router.put("/{job_id}", status_code=202, openapi_extra=openapi.PUT_JOB)

@@ -9,10 +9,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferfleet.tasks.errors import FleetError
+from inferfleet.workers import logs
 from inferfleet.workers.api.responses import error_response
 from inferfleet.workers.api.telemetry import HttpMetrics
 
-log = structlog.get_logger(__name__)
+log = logs.get("api")
 
 #: A caller's own id is kept if it is short and printable: it goes into a header and a log line.
 CALLER_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -46,13 +47,13 @@ class RequestScope:
                 await self._app(scope, receive, send_with_id)
             except Exception:
                 # Says where it broke, never what the request held: frame locals carry prompts.
-                log.exception("request.crashed", method=scope["method"], route=_route(scope))
+                log.exception("request_crashed", method=scope["method"], route=_route(scope))
                 if status:
                     raise
                 await error_response(FleetError("the server made a mistake; see its log"))(scope, receive, send_with_id)
             seconds = time.perf_counter() - started
             self._metrics.count(scope["method"], _route(scope), status, seconds)
-            log.debug("request.answered", method=scope["method"], route=_route(scope), status=status, seconds=seconds)
+            log.debug("request_answered", method=scope["method"], route=_route(scope), status=status, seconds=seconds)
 
 
 def _request_id(scope: Scope) -> str:

@@ -147,7 +147,7 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
 CREATE_JOB = body(JobRequest) | {"parameters": [KEY, PREFER]} | answers(
     {"200": answer("the job, which has ended", Job), "202": _ACCEPTED}, *_BODY_ERRORS, 404, 409, 429
 )  # fmt: skip
-PUT_JOB = body(JobRequest) | answers({"202": _ACCEPTED, "200": _JOB}, *_BODY_ERRORS, 404, 409, 429)
+PUT_JOB = body(JobRequest) | answers({"202": _ACCEPTED}, *_BODY_ERRORS, 404, 409, 429)
 LIST_JOBS = answers({"200": answer("one page", JobPageAnswer)}, 404, 422)
 GET_JOB = answers({"200": _JOB}, 404, 422)
 PATCH_JOB = body(JobUpdate) | answers({"200": _JOB}, *_BODY_ERRORS, 404, 409)

@@ -8,15 +8,14 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import structlog
-
 from inferfleet.engine.text.chat import ChatTemplate, ChatTemplateError
 from inferfleet.engine.text.tokenizer import Tokenizer, TokenizerError
 from inferfleet.tasks.contracts import ChatCompletionRequest, text_bytes
 from inferfleet.tasks.errors import ContextLengthExceeded, InvalidRequest
 from inferfleet.tasks.settings import ModelSpec
+from inferfleet.workers import logs
 
-log = structlog.get_logger(__name__)
+log = logs.get("api")
 
 #: A prompt of fewer bytes is counted in less time than a thread takes to start.
 INLINE_BYTES = 8192
@@ -87,6 +86,6 @@ def _load(folder: Path) -> tuple[Tokenizer, ChatTemplate] | None:
         template = ChatTemplate.load(tokenizer)
     except (TokenizerError, ChatTemplateError) as error:
         # The worker meets the same files and says so when it loads the model; the API goes on without counting.
-        log.warning("prompt_counter.unusable_folder", folder=str(folder), reason=str(error))
+        log.warning("prompt_counter_unusable_folder", folder=str(folder), reason=str(error))
         return None
     return None if template is None else (tokenizer, template)

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Callable
 from queue import SimpleQueue
 
-import structlog
+from inferfleet.workers import logs
 
-log = structlog.get_logger(__name__)
+log = logs.get("api")
 
-#: Puts `times` turns on a model's queue.
+#: Puts `times` turns on a model's queue; False = the broker could not be told.
 Ring = Callable[[str, int], object]
 
 
@@ -44,6 +44,7 @@ class Ringer:
 
     def _ring_safely(self, model: str, times: int) -> None:
         try:
-            self._ring(model, times)
+            if self._ring(model, times) is False:
+                log.warning("ring_failed", model=model, times=times)
         except Exception as error:  # whatever the broker's client raises: the sweeper rings again within a second
-            log.warning("ring.failed", model=model, times=times, error=type(error).__name__)
+            log.warning("ring_failed", model=model, times=times, error=type(error).__name__)

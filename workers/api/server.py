@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import redis.asyncio
-import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +17,7 @@ from starlette.responses import HTMLResponse, Response
 from inferfleet.tasks.errors import FleetError, InvalidRequest, SetupError
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
+from inferfleet.workers import logs
 from inferfleet.workers.api import chat, health, jobs, models
 from inferfleet.workers.api.auth import NoApiKey, is_loopback
 from inferfleet.workers.api.docs import docs_page
@@ -32,7 +32,7 @@ from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
 from inferfleet.workers.checks import check_redis
 
-log = structlog.get_logger(__name__)
+log = logs.get("api")
 
 #: Short calls share these; waiters hold none of them (see hub.py).
 MAX_CONNECTIONS = 64
@@ -115,7 +115,7 @@ def _check_setup(settings: Settings) -> None:
     try:
         _, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
         for complaint in complaints:
-            log.warning("redis.unsafe", complaint=complaint)
+            log.warning("redis_unsafe", complaint=complaint)
         if not is_loopback(settings.api_host) and not ledger.list_keys():
             raise NoApiKey(
                 f"api_host {settings.api_host} can be reached from other machines and there is no API key yet; "

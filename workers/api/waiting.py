@@ -4,17 +4,17 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-import structlog
 from fastapi import Request
 from starlette.responses import Response
 
 from inferfleet.tasks.errors import AlreadyTerminal, JobFailed, JobNotFound, LedgerUnavailable, from_dict
 from inferfleet.tasks.job_object import Job, to_job_object
 from inferfleet.tasks.records import JobRecord
+from inferfleet.workers import logs
 from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait, gone
 
-log = structlog.get_logger(__name__)
+log = logs.get("api")
 
 T = TypeVar("T")
 
@@ -56,11 +56,11 @@ async def cancel_for_nobody(use: Services, job_id: str, tenant: str) -> None:
         return
     try:
         await use.ledger.cancel(job_id, tenant)
-        log.info("job.cancelled_by_disconnect", job_id=job_id)
+        log.info("job_cancelled_by_disconnect", job_id=job_id)
     except (AlreadyTerminal, JobNotFound):
         pass
     except LedgerUnavailable as error:
-        log.warning("job.cancel_failed", job_id=job_id, reason=error.message)
+        log.warning("job_cancel_failed", job_id=job_id, reason=error.message)
 
 
 def answer_of(record: JobRecord) -> bytes:
@@ -86,6 +86,5 @@ def job_response(
 
 
 def accepted_response(use: Services, record: JobRecord, headers: dict[str, str]) -> Response:
-    """202 with the job object and where to find it; 200 if it has already ended."""
-    location = {"location": f"/v1/jobs/{record.id}"}
-    return job_response(use, record, 200 if record.terminal else 202, {**location, **headers})
+    """202 with the job object, as far as it has come, and where to find it."""
+    return job_response(use, record, 202, {"location": f"/v1/jobs/{record.id}", **headers})
