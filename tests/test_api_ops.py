@@ -11,8 +11,9 @@ from conftest import RedisServer
 from live_api import LiveApi, running_api
 
 from inferfleet.tasks.settings import Settings
-from inferfleet.workers.api.auth import NoApiKey, digest, new_key
+from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.server import serve
+from inferfleet.workers.keys import digest, new_key
 
 BODY = {"model": "paper", "messages": [{"role": "user", "content": "say hi"}]}
 

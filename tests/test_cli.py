@@ -194,6 +194,17 @@ def test_an_error_says_what_why_and_what_to_try_without_a_trace(run, arguments, 
     assert ran.out == ""
 
 
+def test_a_command_of_an_extra_that_is_not_installed_says_which_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "inferfleet.workers.api.server", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "inferfleet.workers.api.server")
+
+    ran = run("api")
+
+    assert ran.code == 1
+    assert "pip install 'inferfleet[api]'" in ran.err
+
+
 def test_an_unknown_setting_stops_every_command_by_name(run, monkeypatch):
     monkeypatch.setenv("INFERFLEET_API_URLL", "http://x")
 

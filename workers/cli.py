@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from inferfleet.tasks.errors import FleetError, SettingsError
+from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
 from inferfleet.workers import cli_jobs, cli_keys
 from inferfleet.workers.cli_chat import chat
@@ -21,11 +21,20 @@ from inferfleet.workers.cli_options import (
     data_dir,
     named_models,
 )
-from inferfleet.workers.cli_output import err, exit_code, out, print_error, print_json, print_table
+from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print_error, print_json, print_table
 
 #: The checkpoint that a checkout brings along.
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
 EXIT_INTERRUPTED = 130
+#: What the bare install leaves out -> the extra that brings it.
+EXTRAS = {"fastapi": "api", "uvicorn": "api", "tokenizers": "api", "prometheus_client": "worker", "torch": "worker"}
+
+
+class NotInstalled(SetupError):
+    """A part of inferfleet that this command needs is not installed."""
+
+    code = "not_installed"
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -149,6 +158,12 @@ def main() -> None:
     except FleetError as error:
         print_error(error)
         sys.exit(exit_code(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        print_error(NotInstalled(f"this command needs {error.name}; install it with pip install 'inferfleet[{extra}]'"))
+        sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(EXIT_INTERRUPTED)

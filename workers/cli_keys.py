@@ -8,6 +8,7 @@ from inferfleet.tasks.errors import NotFound
 from inferfleet.tasks.settings import load_settings
 from inferfleet.workers.cli_options import Json, open_ledger
 from inferfleet.workers.cli_output import err, out, print_json, print_table
+from inferfleet.workers.keys import KEY_PREFIX, digest, new_key
 
 app = typer.Typer(no_args_is_help=True, help="API keys: each acts for one tenant.")
 
@@ -30,8 +31,6 @@ def create(
     json: Json = False,
 ) -> None:
     """Make a key. It is shown now and never again: only its SHA-256 is kept."""
-    from inferfleet.workers.api.auth import digest, new_key
-
     if not tenant or len(tenant) > 128 or not tenant.isprintable():
         raise typer.BadParameter("a tenant is 1 to 128 printable characters", param_hint="--tenant")
     key = new_key()
@@ -51,7 +50,7 @@ def list_keys(json: Json = False) -> None:
     ledger = open_ledger(load_settings())
     keys = ledger.list_keys()
     ledger.close()
-    rows = [(digest[:SHOWN], facts["tenant"], facts["name"]) for digest, facts in sorted(keys.items())]
+    rows = [(stored[:SHOWN], facts["tenant"], facts["name"]) for stored, facts in sorted(keys.items())]
     if json:
         print_json([dict(zip(("id", "tenant", "name"), row, strict=True)) for row in rows])
     else:
@@ -64,8 +63,6 @@ def delete(
     json: Json = False,
 ) -> None:
     """Refuse a key from now on."""
-    from inferfleet.workers.api.auth import KEY_PREFIX, digest
-
     wanted = digest(key_id) if key_id.startswith(KEY_PREFIX) else key_id
     ledger = open_ledger(load_settings())
     found = [stored for stored in ledger.list_keys() if stored.startswith(wanted)]

@@ -1,8 +1,6 @@
-"""Who is calling: the tenant behind an API key. Keys are random, shown once and kept only as their SHA-256."""
+"""Who is calling: the tenant behind an API key. Where only this machine can connect, none is needed."""
 
-import hashlib
 import ipaddress
-import secrets
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
@@ -10,10 +8,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from inferfleet.tasks.errors import SetupError, Unauthorized
 from inferfleet.workers.api.services import Services
+from inferfleet.workers.keys import KEY_PREFIX, digest
 
-#: Marks a string as one of our keys: a mistyped key is refused even where none is needed, while the placeholder
-#: that the OpenAI SDK insists on (`api_key="none"`) is not.
-KEY_PREFIX = "ifk_"
 DEFAULT_TENANT = "default"
 
 
@@ -21,16 +17,6 @@ class NoApiKey(SetupError):
     """The API would listen beyond this machine without a single API key."""
 
     code = "no_api_key"
-
-
-def new_key() -> str:
-    """A fresh key with 256 bits of randomness."""
-    return KEY_PREFIX + secrets.token_urlsafe(32)
-
-
-def digest(key: str) -> str:
-    """What is stored of a key. It needs no salt or stretching: nobody guesses 256 random bits."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def is_loopback(host: str) -> bool:
