@@ -78,6 +78,22 @@ def test_a_hung_engine_loses_its_job_and_is_replaced(fleet, tmp_path):
     assert not engine.is_running()
 
 
+def test_a_batch_in_a_hung_engine_is_handed_back_and_only_the_culprit_collects_deaths(fleet):
+    fleet.start_worker(stall_seconds=3, max_deaths=2)
+
+    innocent = [fleet.submit("tokens=150 step=0.02") for _ in range(3)]
+    for job_id in innocent:
+        fleet.wait_for_words(job_id)
+    culprit = fleet.submit("tokens=60 hang=5")
+    record = fleet.wait(culprit, seconds=90)
+    survivors = [fleet.wait(job_id) for job_id in innocent]
+
+    assert (record.state, record.error["code"], record.deaths) == ("failed", "worker_lost", 2)
+    assert {(survivor.state, survivor.deaths) for survivor in survivors} == {("completed", 0)}
+    for survivor in survivors:
+        assert_published_once(fleet.ledger, survivor, 150)
+
+
 def test_a_stopped_worker_that_comes_back_writes_nothing_any_more(fleet):
     sleeper = fleet.start_worker()
     job_id = fleet.submit("tokens=200 step=0.01")

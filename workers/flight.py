@@ -28,7 +28,7 @@ class Ending(Enum):
     FAILED = "failed"
     #: The ledger gave the job to somebody else, or it is over: nothing may be written any more.
     STALE = "stale"
-    #: The engine process died with the request in it.
+    #: The engine process died, or stood still too long, with the request in it.
     CRASHED = "crashed"
     #: Handed back without fault: the worker drains, or the request never reached an engine.
     RELEASED = "released"
@@ -82,8 +82,10 @@ class Flight:
         self.error: dict[str, Any] | None = None
         self.ending: Ending | None = None
         self.cancelled = False
-        #: How many requests were in the engine when it died; 1 = this one is the culprit.
+        #: How many requests were in the engine when it died or stood still; 1 = this one is the culprit.
         self.num_crashed = 0
+        #: The engine has said its last word about it.
+        self.told = False
         #: Set when the engine is done with it, or nobody waits for the engine any more.
         self.ended = threading.Event()
         self._lock = threading.Lock()
@@ -128,6 +130,7 @@ class Flight:
         """The engine is done; the flight ends once everything is published (see `settled`)."""
         with self._lock:
             self.usage = dict(usage)
+            self.told = True
 
     def end(self, ending: Ending, error: dict[str, Any] | None = None) -> bool:
         """End now. The first ending counts; answers whether this was it."""

@@ -1,7 +1,8 @@
 """Renews the leases of the jobs whose engine moves, and ends an engine that stands still. Reaps nothing itself.
 
 A lease says "somebody gets on with this job", not "a process lives": a stopped or hung engine loses its jobs to other
-workers, and is killed after stall_seconds so that a fresh one can take its place.
+workers, and is killed after stall_seconds so that a fresh one can take its place. Which member of a batch it hangs on
+nobody knows, so just before their leases lapse they are handed back, to run alone: only the culprit collects deaths.
 """
 
 import threading
@@ -40,6 +41,8 @@ class Heart:
         self._heartbeat_seconds = heartbeat_seconds
         self._lease_ms = round(lease_seconds * 1000)
         self._stall_seconds = stall_seconds
+        # The last beat was at most a heartbeat before the last step: no lease lapses before this.
+        self._doubt_seconds = max(lease_seconds - heartbeat_seconds - 2 * _TICK_SECONDS, lease_seconds / 4)
         self._on_lost = on_lost
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
@@ -53,19 +56,29 @@ class Heart:
         self._thread.join()
 
     def _run(self) -> None:
-        next_beat = time.monotonic() + self._heartbeat_seconds
+        next_beat = last_tick = time.monotonic()
         while not self._stopping.wait(min(_TICK_SECONDS, self._heartbeat_seconds)):
-            for resident in self._residents():
-                self._check(resident)
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + self._heartbeat_seconds
-                self._beat_all()
+            # After a pause of the whole worker (SIGSTOP, a suspended machine) the engines' words lie unread in their
+            # sockets: it was not they that stood still.
+            paused = time.monotonic() - last_tick > 4 * _TICK_SECONDS
+            last_tick = time.monotonic()
+            try:
+                for resident in () if paused else self._residents():
+                    self._check(resident)
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + self._heartbeat_seconds
+                    self._beat_all()
+            except Exception:
+                # Whatever it is: without a heart every job of this worker would be lost.
+                log.exception("heart_stumbled")
 
     def _check(self, resident: Resident) -> None:
         still = resident.still_for()
         if still > self._stall_seconds:
             log.error("engine_stalled", model=resident.model, seconds=round(still, 1))
             resident.kill()
+        elif still > self._doubt_seconds:
+            resident.abandon()
 
     def _beat_all(self) -> None:
         try:

@@ -76,6 +76,8 @@ class Janitor:
                 # its jobs are taken back and deaths are counted.
                 self._reap_after = time.monotonic() + self._lease_seconds
                 log.warning("round_skipped", reason=error.message)
+            except Exception:
+                log.exception("round_broke")
 
     def round(self) -> None:
         """Reap, sweep, ring."""

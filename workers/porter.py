@@ -71,8 +71,7 @@ class Porter:
     def _ready(self, resident: Resident) -> bool:
         if resident.state is State.IDLE:
             resident.start()
-        # A standing engine gets no more jobs: they would only wait for its end.
-        return resident.state is State.READY and resident.still_for() < self._settings.lease_seconds / 2
+        return resident.accepts
 
     def _claim(self, model: str) -> Claim | None:
         # Made here, not taken from the Celery message: two messages with one id must not share a claim.

@@ -56,7 +56,14 @@ class Publisher:
 
     def _run(self) -> None:
         while flights := self._next():
-            self._flush([flight for flight in flights if flight.ending is None])
+            going = [flight for flight in flights if flight.ending is None]
+            try:
+                self._flush(going)
+            except Exception:
+                # A fault of ours or of Redis that repeating does not mend: these jobs fail, the worker goes on.
+                log.exception("publish_broke", flights=len(going))
+                for flight in going:
+                    flight.end(Ending.FAILED, errors.EngineError("the answer could not be published").to_dict())
 
     def _next(self) -> list[Flight]:
         """The flights of the next flush; none = stop."""

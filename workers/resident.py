@@ -71,7 +71,9 @@ class Resident:
         self._thread: threading.Thread | None = None
         self._num_steps = 0
         self._num_steps_beaten = 0
-        self._moved_at = 0.0
+        #: time.monotonic() since when the engine owes a step; None = it owes none.
+        self._owes_since: float | None = None
+        self._in_doubt = False
 
     # What others ask -------------------------------------------------------------------------------------------------
 
@@ -87,12 +89,18 @@ class Resident:
         """End the engine; whatever still flies in it ends as released."""
         with self._lock:
             self._stopping.set()
-            child, thread = self._child, self._thread
+            child, thread, ready = self._child, self._thread, self.state is State.READY
         if child is not None:
-            child.stop()
+            # While it loads it does not listen.
+            child.stop() if ready else child.kill()
         if thread is not None:
             thread.join()
         self._become(State.STOPPED)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a job that is claimed now would run: the engine is up and does not stand still."""
+        return self.state is State.READY and not self._in_doubt
 
     def flights(self) -> list[Flight]:
         """Everything between claim and end, in the engine or before its gate."""
@@ -109,7 +117,22 @@ class Resident:
     def still_for(self) -> float:
         """Seconds for which the engine had work and finished no step; 0 while it has none."""
         with self._lock:
-            return time.monotonic() - self._moved_at if self._aboard else 0.0
+            return 0.0 if self._owes_since is None else time.monotonic() - self._owes_since
+
+    def abandon(self) -> None:
+        """The engine stands still and leases will lapse. Let go of all that need not share its fate: of those before
+        the gate, and of a batch, whose members are then run alone. One who is alone in it is left to lose its lease.
+        Nothing new is taken until the engine moves again.
+        """
+        with self._lock:
+            self._in_doubt = True
+            aboard = [flight for flight in self._aboard.values() if flight.ending is None]
+            before_gate = [flight for flight in self._flights if flight.engine_id not in self._aboard]
+        for flight in before_gate:
+            flight.end(Ending.RELEASED)
+        self._gate.recheck()
+        if len(aboard) > 1:
+            self._crash(aboard)
 
     def kill(self) -> None:
         """End the engine process the hard way; it is then treated like any engine that died."""
@@ -162,19 +185,23 @@ class Resident:
         with self._lock:
             if flight.ending is not None:
                 return True
-            if self.state is not State.READY or self._child is None:
+            if not self.accepts or self._child is None:
                 return False
-            if not self._aboard:
-                self._moved_at = time.monotonic()
+            if self._owes_since is None:
+                self._owes_since = time.monotonic()
             self._aboard[flight.engine_id] = flight
             self._child.add({"id": flight.engine_id, **request})
             return True
 
     def _disembark(self, flight: Flight) -> None:
         with self._lock:
-            aboard = self._aboard.pop(flight.engine_id, None)
-            if aboard is not None and flight.usage is None and self._child is not None:
+            if self._aboard.pop(flight.engine_id, None) is None:
+                return
+            if not flight.told and self._child is not None:
+                # It answers with a step, and owes one until then.
                 self._child.cancel(flight.engine_id)
+            elif not self._aboard:
+                self._owes_since = None
 
     def _land(self, flight: Flight, until: float | None) -> bool:
         if flight.ended.wait(None if until is None else max(0.0, until - time.monotonic())):
@@ -224,10 +251,15 @@ class Resident:
     def _read(self, child: EngineChild) -> bool:
         """Read until the process is gone; answers whether it got any request done."""
         useful = False
-        for message in child.receive():
-            if message["op"] == "step":
-                useful = useful or bool(message["finished"])
-                self._on_step(message)
+        try:
+            for message in child.receive():
+                if message["op"] == "step":
+                    useful = useful or bool(message["finished"])
+                    self._on_step(message)
+        except (KeyError, TypeError, ValueError):
+            # What it says makes no sense: as good as dead.
+            log.exception("engine_speaks_nonsense", model=self.model)
+            child.kill()
         return useful
 
     def _on_step(self, step: Message) -> None:
@@ -235,9 +267,10 @@ class Resident:
         urgent = bool(step["finished"])
         with self._lock:
             self._num_steps += 1
-            self._moved_at = time.monotonic()
             self.stats = step["stats"]
             aboard = self._aboard
+            self._owes_since = time.monotonic() if aboard else None
+            self._in_doubt = False
             for delta in step["deltas"]:
                 if flight := aboard.get(delta["id"]):
                     urgent = flight.absorb(delta) or urgent
@@ -248,6 +281,7 @@ class Resident:
                     touched.append(flight)
             failed = [(flight, error) for error in step["errors"] if (flight := aboard.get(error["id"]))]
         for flight, error in failed:
+            flight.told = True
             flight.end(Ending.FAILED, _error(error["code"], error["message"], error["param"]))
         if touched:
             self._publisher.touch(touched, urgent=urgent)
@@ -256,6 +290,8 @@ class Resident:
         """The process is gone: end what was in it. A flight that had all its words said still gets published."""
         with self._lock:
             self._child = None
+            self._owes_since = None
+            self._in_doubt = False
             self.stats = {}
             lost = [flight for flight in self._aboard.values() if flight.usage is None and flight.ending is None]
             before_gate = [flight for flight in self._flights if flight.engine_id not in self._aboard]
@@ -264,13 +300,16 @@ class Resident:
         if not stopping:
             self.num_restarts += 1
             log.error("engine_died", model=self.model, pid=child.pid, reason=child.last_words(), flights=len(lost))
-        for flight in lost:
-            flight.num_crashed = len(lost)
-            flight.end(Ending.RELEASED if stopping else Ending.CRASHED)
-        for flight in before_gate:
+        for flight in [*before_gate, *(lost if stopping else ())]:
             flight.end(Ending.RELEASED)
+        self._crash(lost)
         self._gate.recheck()
         child.reap()
+
+    def _crash(self, flights: Sequence[Flight]) -> None:
+        for flight in flights:
+            flight.num_crashed = len(flights)
+            flight.end(Ending.CRASHED)
 
     def _give_up(self, code: str, message: str) -> None:
         if self._stopping.is_set():
