@@ -1,8 +1,10 @@
 """What the API refuses: every error typed, naming the field and the limit, in one shape and with a request id."""
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -136,6 +138,51 @@ def test_an_unknown_model_is_not_found(api, model):
         api.sdk().chat.completions.create(**chat(model=model))
 
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**64,
+    10**90,
+    "",
+    "\ud800",
+    "\0",
+    [],
+    {},
+    [[]],
+    {"type": "image_url"},
+    float("nan"),
+    "9" * 400,
+]
+
+
+def twisted(value: Any, rng: random.Random) -> Any:
+    """A copy with one leaf, or one key, replaced by something odd."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice([*value, "surprise"])
+        return value | {key: twisted(value.get(key), rng)}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        at = rng.randrange(len(value))
+        return [*value[:at], twisted(value[at], rng), *value[at + 1 :]]
+    return rng.choice(ODD)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_sent_is_answered_and_never_breaks_the_server(api, http, seed):
+    api.worker.paused = True
+    rng = random.Random(seed)
+    whole = chat(n=2, stop=["a"], logit_bias={"1": 2}, metadata={"a": "b"}, stream_options=None, user="x", seed=1)
+    for _ in range(150):
+        raw = bytearray(json.dumps({"body": twisted(whole, rng), "priority": 1}).encode())
+        if rng.random() < 0.3:
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        answer = http.post("/v1/jobs", content=bytes(raw), headers={"content-type": "application/json"})
+        if answer.status_code not in (202, 429):
+            assert 400 <= refusal(answer)[0] < 500, bytes(raw)
 
 
 # Bodies --------------------------------------------------------------------------------------------------------------
