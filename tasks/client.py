@@ -212,7 +212,7 @@ class Face:
         max_queued: int = 10_000,
     ) -> None:
         self.caller = Caller(tenant, frozenset(models), max_queued)
-        self._bell = Doorbell(redis_url)
+        self._bell = Doorbell(redis_url, namespace)
         self._open(redis_url, namespace)
 
     def _open(self, redis_url: str, namespace: str) -> None:

@@ -20,8 +20,9 @@ CONNECT_TIMEOUT = 2.0
 class Doorbell:
     """A JSON-only Celery producer without a result backend. Threads may share it."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, namespace: str = "inferfleet") -> None:
         self._redis_url = redis_url
+        self._namespace = namespace
         self._lock = threading.Lock()
 
     def ring(self, model: str, times: int = 1) -> bool:
@@ -37,7 +38,7 @@ class Doorbell:
                     app.send_task(
                         names.TURN_TASK,
                         args=[model],
-                        queue=names.turn_queue(model),
+                        queue=names.turn_queue(model, self._namespace),
                         producer=producer,
                         ignore_result=True,
                         retry=False,

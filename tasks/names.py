@@ -7,8 +7,6 @@ from typing import Literal, get_args
 TURN_TASK = "inferfleet.turn"
 #: An ordinary Celery task that submits a chat body and returns the answer; for chains, groups and chords.
 RUN_TASK = "inferfleet.run"
-#: Where RUN_TASK is queued unless the caller chooses.
-RUN_QUEUE = "inferfleet.run"
 
 State = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "expired", "incomplete"]
 STATES: tuple[State, ...] = get_args(State)
@@ -21,6 +19,11 @@ CHAT_URL = "/v1/chat/completions"
 def turn_queue(model: str, namespace: str = "inferfleet") -> str:
     """The Celery queue that carries the turns of one model. Two fleets on one Redis differ by their namespace."""
     return f"{namespace}.turn.{model}"
+
+
+def run_queue(namespace: str = "inferfleet") -> str:
+    """The Celery queue that carries RUN_TASK."""
+    return f"{namespace}.run"
 
 
 def new_job_id() -> str:

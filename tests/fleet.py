@@ -73,11 +73,11 @@ class Fleet:
     def __init__(self, redis_url, folder):
         self.redis_url, self.folder = redis_url, folder
         self.ledger = Ledger.from_url(redis_url, "test")
-        self.doorbell = Doorbell(redis_url)
+        self.doorbell = Doorbell(redis_url, "test")
         self.workers = []
 
     def start_worker(self, models=None, *, wait=True, real=False, **settings):
-        """A worker of `models` (name -> path, or the whole spec), ready unless `wait` is false; `real` = with our engine."""
+        """A worker of `models` (name -> path or whole spec), ready unless `wait` is false; `real` = with our engine."""
         given = models or {"m": "fake"}
         specs = {name: {"path": spec} if isinstance(spec, str) else spec for name, spec in given.items()}
         chosen = Settings.model_validate({"redis_url": self.redis_url, **FAST, "models": specs, **settings})

@@ -57,7 +57,7 @@ def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
 def api_of_workers(redis_url: str, namespace: str, **settings: Any) -> Iterator[LiveApi]:
     """An API that rings for real workers."""
     chosen = Settings(redis_url=redis_url, namespace=namespace, drain_grace_seconds=1, **settings)
-    bell = Doorbell(redis_url)
+    bell = Doorbell(redis_url, namespace)
     try:
         with serving(chosen, bell.ring) as (url, clients):
             yield LiveApi(url, chosen, clients)

@@ -69,7 +69,7 @@ def client(make):
 
 def turns(redis_url, model="m"):
     with redis.Redis.from_url(redis_url) as server:
-        return [json.loads(message) for message in server.lrange(names.turn_queue(model), 0, -1)]
+        return [json.loads(message) for message in server.lrange(names.turn_queue(model, "test"), 0, -1)]
 
 
 def carry(ledger, pieces=("y", "es")):

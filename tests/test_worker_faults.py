@@ -122,7 +122,7 @@ def test_a_turn_lost_on_the_wire_is_rung_again_by_a_janitor(fleet, proxy):
         proxy.lose_next_reply()
         job_id = fleet.submit("tokens=3")
         until(lambda: proxy.faults.lose_replies == 0)
-        until(lambda: fleet.ledger.redis.llen("inferfleet.turn.m") == 0)
+        until(lambda: fleet.ledger.redis.llen("test.turn.m") == 0)
         time.sleep(0.5)
         if fleet.state(job_id) == "queued":
             # The turn was popped, and its reply died: it is in no list any more.

@@ -22,7 +22,7 @@ def fleet(redis_url, tmp_path):
 def producer(redis_url):
     """Plain Celery: no import of ours, only the task's name and queue."""
     app = Celery("producer", broker=redis_url, backend=redis_url, set_as_current=False)
-    app.conf.update(task_routes={"inferfleet.run": {"queue": "inferfleet.run"}})
+    app.conf.update(task_routes={"inferfleet.run": {"queue": "test.run"}})
     yield app
     app.close()
 

@@ -102,7 +102,7 @@ def test_a_worker_takes_no_more_turns_than_it_has_slots(fleet):
         fleet.wait_for_words(running)
 
     # What it does not run is left in the queue, where another worker can hear it.
-    assert fleet.ledger.redis.llen("inferfleet.turn.m") == 4
+    assert fleet.ledger.redis.llen("test.turn.m") == 4
     assert fleet.ledger.redis.hlen("unacked") == 0
     assert fleet.ledger.stats()["m"]["running"] == 2
     assert {fleet.wait(job_id).state for job_id in jobs} == {"completed"}

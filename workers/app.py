@@ -45,7 +45,7 @@ def make_app(settings: Settings, queues: list[str]) -> FleetApp:
         result_accept_content=["json"],
         result_expires=RESULT_SECONDS,
         task_queues=[Queue(name, Exchange(name), routing_key=name, no_ack=True) for name in queues],
-        task_default_queue=names.RUN_QUEUE,
+        task_default_queue=names.run_queue(settings.namespace),
         task_acks_late=False,
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,

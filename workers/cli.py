@@ -90,7 +90,7 @@ def api(model: Models = None, host: Host = None, port: Port = None) -> None:
 
     settings = load_settings({"models": named_models(model), "api_host": host, "api_port": port})
     logs.configure(settings.log_level, settings.log_format)
-    serve(settings, Doorbell(settings.redis_url).ring)
+    serve(settings, Doorbell(settings.redis_url, settings.namespace).ring)
 
 
 @app.command()

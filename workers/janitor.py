@@ -93,7 +93,7 @@ class Janitor:
 
     def _num_rung(self, model: str) -> int:
         """Turns that nobody took yet. The broker is the ledger's Redis, and kombu keeps a queue in a list."""
-        return self._ledger.run(Call("", ("LLEN", names.turn_queue(model)), int))
+        return self._ledger.run(Call("", ("LLEN", names.turn_queue(model, self._ledger.namespace)), int))
 
     def _reap(self) -> None:
         while reaped := self._ledger.reap(BATCH, self._max_deaths):

@@ -61,7 +61,7 @@ class Lifecycle:
         self._publisher = Publisher(lambda batch: publish_all(ledger, batch), self._cancel)
         self._host = Host(models, publisher=self._publisher, on_change=self._on_change, command=engine_command)
         self._meter.engines.residents = self._host.residents()
-        doorbell = Doorbell(settings.redis_url)
+        doorbell = Doorbell(settings.redis_url, settings.namespace)
         self._porter = Porter(settings, self.name, ledger, self._host, doorbell, self._meter)
         self._cards = Cards(ledger, self.name, slots=settings.slots, heartbeat_seconds=settings.heartbeat_seconds)
         self._snapshots = Snapshots(ledger, self.name, self._meter, ttl)
@@ -140,7 +140,7 @@ class Lifecycle:
 
     def _on_change(self, resident: Resident) -> None:
         """A model's state changed: take its turns or not, tell the fleet, and look for jobs that waited for this."""
-        queue = names.turn_queue(resident.model)
+        queue = names.turn_queue(resident.model, self._settings.namespace)
         if resident.state in (State.READY, State.IDLE):
             self._app.intake.open(queue)
         else:

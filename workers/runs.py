@@ -140,10 +140,11 @@ def main() -> int:
 
     settings = Settings.model_validate_json(sys.stdin.readline())
     logs.configure(settings.log_level, settings.log_format)
-    app = make_app(settings, [names.RUN_QUEUE])
-    app.intake.open(names.RUN_QUEUE)
+    queue = names.run_queue(settings.namespace)
+    app = make_app(settings, [queue])
+    app.intake.open(queue)
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
-    runs = Runs(settings, ledger, Doorbell(settings.redis_url))
+    runs = Runs(settings, ledger, Doorbell(settings.redis_url, settings.namespace))
     register_runs(app, runs)
     threading.Thread(target=_follow_parent, name="parent", daemon=True).start()
     worker = CeleryWorker.make(

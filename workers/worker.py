@@ -103,7 +103,7 @@ def run_worker(
     log.info("redis_checked", version=standing.version, fsync=standing.fsync, durability=standing.durability)
     for complaint in complaints:
         log.warning("redis_unsafe", complaint=complaint)
-    app = make_app(settings, [names.turn_queue(model) for model in models])
+    app = make_app(settings, [names.turn_queue(model, settings.namespace) for model in models])
     lifecycle = Lifecycle(settings, models, app, ledger, engine_command)
     worker = CeleryWorker.make(app, lifecycle.name, settings.slots, lifecycle.drain, lifecycle.hurry)
     lifecycle.start()
