@@ -1,8 +1,8 @@
-"""Compiles csrc/<op>.cpp with the machine's own C++ compiler on first use, and binds it with ctypes.
+"""Compiles csrc/*.cpp with the machine's own C++ compiler on first use, and binds the functions with ctypes.
 
-The library lies in the user's cache folder, named by a hash of everything it was made from (source, compiler, flags,
-CPU, OpenMP runtime), so a build serves every Python and every torch and is never stale. Without a compiler the
-reference runs; a compile that fails is logged and kept in `status()`, because that is a fault and not a missing tool.
+The library lies in the user's cache folder, named by a hash of everything it was made from (sources, compiler, flags,
+CPU), so one build serves every Python and every torch and is never stale. Without a compiler the reference runs; a
+compile that fails is logged and kept in `status()`, because that is a fault and not a missing tool.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,35 +30,38 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "c++", "clang++")
 # No -ffast-math: a NaN must stay a NaN. Sums that may be reordered say so themselves (omp simd reduction).
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"),
+    *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+)
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COMPILE_SECONDS = 300
 MIN_PARALLEL_ELEMENTS = 32768
 
 Functions = Mapping[tuple[str, torch.dtype], Callable[..., int]]
 
-#: What became of each op's C++ path: "ready (<path>)", "no compiler (...)" or "failed: <the compiler's words>".
-_states: dict[str, str] = {}
+_state = "not tried"
 
 
 class CompileError(RuntimeError):
-    """The C++ compiler refused a kernel."""
+    """The C++ compiler refused the kernels."""
 
 
-def status() -> dict[str, str]:
-    """Op -> state of its C++ path; every op is tried first, so this may compile for some seconds."""
-    for source in sorted(SOURCES.glob("*.cpp")):
-        library(source.stem)
-    return dict(_states)
+def status() -> str:
+    """What became of the C++ path: "ready (<path>)", "no compiler (...)" or "failed: <the compiler's words>".
 
-
-def bind(op: str, signatures: Mapping[str, Sequence[Any]]) -> Functions | None:
-    """(name, dtype) -> C function of csrc/<op>.cpp, whose symbols are <name>_f32 and <name>_bf16.
-
-    signatures gives the ctypes argument types of each name; a result, if any, is an int64. None when the op has no
-    C++ path here.
+    Tries it first, so this may compile for some seconds.
     """
-    loaded = library(op)
+    library()
+    return _state
+
+
+def bind(signatures: Mapping[str, Sequence[Any]]) -> Functions | None:
+    """(name, dtype) -> C function, whose symbols are <name>_f32 and <name>_bf16; None without a C++ path.
+
+    signatures gives the ctypes argument types of each name; a result, if any, is an int64.
+    """
+    loaded = library()
     if loaded is None:
         return None
     functions: dict[tuple[str, torch.dtype], Callable[..., int]] = {}
@@ -70,27 +73,28 @@ def bind(op: str, signatures: Mapping[str, Sequence[Any]]) -> Functions | None:
     return functions
 
 
-@functools.cache
-def library(op: str) -> ctypes.CDLL | None:
-    """The compiled csrc/<op>.cpp, or None when it cannot be had; `status()` then says why."""
-    compiler = find_compiler()
-    if compiler is None:
-        _states[op] = f"no compiler ({', '.join(COMPILERS)} not on PATH)"
-        return None
-    try:
-        path = compiled(op, compiler)
-        loaded = ctypes.CDLL(str(path))
-    except (CompileError, OSError, subprocess.SubprocessError) as error:
-        _states[op] = f"failed: {error}"
-        log.error("kernel %s: the C++ path failed, the slower reference runs instead: %s", op, error)
-        return None
-    _states[op] = f"ready ({path})"
-    return loaded
-
-
 def threads_for(elements: int) -> int:
     """How many threads an elementwise kernel should use: waking a second one costs more than a small row."""
     return torch.get_num_threads() if elements >= MIN_PARALLEL_ELEMENTS else 1
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None when they cannot be had; `status()` then says why."""
+    global _state
+    compiler = find_compiler()
+    if compiler is None:
+        _state = f"no compiler ({', '.join(COMPILERS)} not on PATH)"
+        return None
+    try:
+        path = compiled(compiler)
+        loaded = ctypes.CDLL(str(path))
+    except (CompileError, OSError, subprocess.SubprocessError) as error:
+        _state = f"failed: {error}"
+        log.error("the C++ kernels failed, the slower references run instead: %s", error)
+        return None
+    _state = f"ready ({path})"
+    return loaded
 
 
 def find_compiler() -> str | None:
@@ -106,24 +110,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inferfleet" / "kernels"
 
 
-def compiled(op: str, compiler: str) -> Path:
-    """Path of the op's library, compiled now if the cache has none of this source, compiler, flags and CPU."""
-    runtime = openmp_runtime()
+def compiled(compiler: str) -> Path:
+    """Path of the library, compiled now if the cache has none of these sources, compiler, flags and CPU."""
     folder = cache_folder()
-    target = folder / f"{op}-{_key(op, compiler, runtime)}.so"
+    target = folder / f"kernels-{_key(compiler)}.so"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{op}.lock"):
+    with _locked(folder / "lock"):
         if not target.exists():
-            _compile(op, compiler, runtime, target)
+            _compile(compiler, target)
     return target
 
 
-def _key(op: str, compiler: str, runtime: str | None) -> str:
+def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [compiler, version, *FLAGS, runtime or "serial", _cpu()]
-    parts += [path.read_text() for path in (SOURCES / f"{op}.cpp", *sorted(SOURCES.glob("*.h")))]
+    parts = [compiler, version, *FLAGS, _cpu()]
+    parts += [part for path in sorted(SOURCES.iterdir()) for part in (path.name, path.read_text())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -137,28 +140,17 @@ def _cpu() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def openmp_runtime() -> str | None:
-    """The OpenMP library that torch has loaded, or None.
-
-    Linking against that very file keeps one pool of threads in the process. Two pools would spin on the same cores.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    found = sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[.\d]*)", maps)))
-    inside_torch = [path for path in found if "/torch" in path]
-    return (inside_torch or found or [None])[0]
-
-
-def _compile(op: str, compiler: str, runtime: str | None, target: Path) -> None:
-    """Compile, then link apart: -fopenmp at the link would pull in the compiler's own OpenMP runtime."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        compiled_object, linked = Path(scratch) / f"{op}.o", Path(scratch) / target.name
-        threads = ["-fopenmp"] if runtime else ["-fopenmp-simd"]
-        source = str(SOURCES / f"{op}.cpp")
-        _run([compiler, *FLAGS, *threads, "-c", source, "-o", str(compiled_object)])
-        _run([compiler, "-shared", str(compiled_object), *([runtime] if runtime else []), "-o", str(linked)])
+def _compile(compiler: str, target: Path) -> None:
+    """Objects side by side, then one library, moved into place whole: another process never sees half of it."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [f"{scratch}/{source.stem}.o" for source in sources]
+        commands = [
+            [compiler, *FLAGS, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
+        linked = f"{scratch}/{target.name}"
+        _run([compiler, "-shared", "-pthread", *objects, "-o", linked])
         os.replace(linked, target)
 
 

@@ -44,7 +44,7 @@ def gated_activation(gate_up: Tensor, kind: Kind) -> Tensor:
 @functools.cache
 def _native() -> build.Functions | None:
     arguments = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64]
-    return build.bind("gated_activation", {"silu": arguments, "gelu_tanh": arguments})
+    return build.bind({"silu": arguments, "gelu_tanh": arguments})
 
 
 def _takes(gate_up: Tensor) -> bool:

@@ -87,7 +87,7 @@ def panels() -> build.Functions | None:
     linear: list[Any] = [*[c_void_p] * 4, *[c_int64] * 5]
     pack: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
     layout: dict[str, list[Any]] = {"pack": pack, "packed_size": [c_int64, c_int64], "suits_machine": []}
-    return build.bind("linear", {"linear": linear, "linear_to_float": linear, **layout})
+    return build.bind({"linear": linear, "linear_to_float": linear, **layout})
 
 
 def panels_suit(dtype: torch.dtype) -> bool:

@@ -111,7 +111,7 @@ class PackedExperts:
 @functools.cache
 def _native() -> build.Functions | None:
     arguments = [*[c_void_p] * 7, *[c_int64] * 7]
-    return build.bind("moe", {"experts_silu": arguments, "experts_gelu_tanh": arguments})
+    return build.bind({"experts_silu": arguments, "experts_gelu_tanh": arguments})
 
 
 def _stack(weights: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _native() -> build.Functions | None:
     pointers = [c_void_p] * 5
     write = [*pointers, *[c_int64] * 5]
     attend = [*pointers, c_void_p, c_void_p, *[c_int64] * 8, c_float, c_int64]
-    return build.bind("paged_attention", {"write_kv": write, "paged_attention": attend})
+    return build.bind({"write_kv": write, "paged_attention": attend})
 
 
 def _takes(x: Tensor, cache: Tensor, other: Tensor) -> bool:

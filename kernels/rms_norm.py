@@ -74,7 +74,7 @@ def add_rms_norm(
 @functools.cache
 def _native() -> build.Functions | None:
     pointers, sizes = [c_void_p] * 5, [c_int64] * 4
-    return build.bind("rms_norm", {"rms_norm": [*pointers, *sizes, c_float, c_int64, c_int64]})
+    return build.bind({"rms_norm": [*pointers, *sizes, c_float, c_int64, c_int64]})
 
 
 def _takes(x: Tensor, weight: Tensor | None) -> bool:

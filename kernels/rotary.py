@@ -58,7 +58,7 @@ def norm_rotary(
 @functools.cache
 def _native() -> build.Functions | None:
     pointers, sizes = [c_void_p] * 5, [c_int64] * 7
-    return build.bind("rotary", {"rotary": [*pointers, *sizes, c_float, c_int64, c_int64, c_int64]})
+    return build.bind({"rotary": [*pointers, *sizes, c_float, c_int64, c_int64, c_int64]})
 
 
 def _takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:

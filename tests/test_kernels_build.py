@@ -3,26 +3,34 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from inferfleet.kernels import build, rms_norm
+from inferfleet.kernels import build, linear, rms_norm
+
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler on PATH")
 
 
 @pytest.fixture
 def fresh_build(tmp_path, monkeypatch):
-    """An empty cache folder, and no library remembered from before."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_states", {})
-    build.library.cache_clear()
-    rms_norm._native.cache_clear()
+    """An empty cache folder, two small sources instead of all, and no library remembered from before."""
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for name in ("numeric.h", "norm.h", "pool.h", "pool.cpp", "rms_norm.cpp"):
+        (sources / name).write_bytes((build.SOURCES / name).read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_state", "not tried")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    forget()
     yield tmp_path
+    forget()
+
+
+def forget():
     build.library.cache_clear()
     rms_norm._native.cache_clear()
-
-
-needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler on PATH")
 
 
 def norm_works():
@@ -31,15 +39,16 @@ def norm_works():
 
 
 @needs_compiler
-def test_a_kernel_is_compiled_once_into_the_cache_folder(fresh_build):
+def test_the_kernels_are_compiled_once_into_the_cache_folder(fresh_build):
     norm_works()
     (library,) = fresh_build.rglob("*.so")
     made = library.stat().st_mtime_ns
-    build.library.cache_clear()
+    forget()
 
-    assert build.library("rms_norm") is not None
+    norm_works()
+
+    assert build.status() == f"ready ({library})"
     assert library.stat().st_mtime_ns == made
-    assert build._states["rms_norm"] == f"ready ({library})"
 
 
 def test_without_a_compiler_the_reference_runs_and_the_status_says_so(fresh_build, monkeypatch):
@@ -48,7 +57,7 @@ def test_without_a_compiler_the_reference_runs_and_the_status_says_so(fresh_buil
 
     norm_works()
 
-    assert build._states["rms_norm"].startswith("no compiler")
+    assert build.status().startswith("no compiler")
 
 
 def test_a_compiler_that_fails_is_reported_in_its_own_words(fresh_build, monkeypatch, caplog):
@@ -59,39 +68,61 @@ def test_a_compiler_that_fails_is_reported_in_its_own_words(fresh_build, monkeyp
 
     norm_works()
 
-    assert build._states["rms_norm"].startswith("failed: ")
-    assert "no such instruction" in build._states["rms_norm"]
+    assert build.status().startswith("failed: ")
+    assert "no such instruction" in build.status()
     assert "no such instruction" in caplog.text
     assert not list(fresh_build.rglob("*.so"))
 
 
 @needs_compiler
-def test_two_processes_that_build_at_once_both_get_a_whole_library(fresh_build):
-    code = "from inferfleet.kernels import build; assert build.library('gated_activation') is not None"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(fresh_build)}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+def test_processes_that_build_at_once_all_get_a_whole_library(fresh_build):
+    code = (
+        "import pathlib, sys\n"
+        "from inferfleet.kernels import build\n"
+        f"build.SOURCES = pathlib.Path({str(build.SOURCES)!r})\n"
+        "sys.exit(build.library() is None)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=os.environ) for _ in range(3)]
 
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     assert len(list(fresh_build.rglob("*.so"))) == 1
 
 
 @needs_compiler
-def test_another_source_is_another_library(fresh_build, monkeypatch):
+def test_another_source_or_flag_is_another_library(fresh_build, monkeypatch):
     compiler = build.find_compiler()
-    before = build._key("rms_norm", compiler, None)
-    copy = fresh_build / "csrc"
-    copy.mkdir()
-    for source in build.SOURCES.iterdir():
-        (copy / source.name).write_text(source.read_text() + "// changed\n")
-    monkeypatch.setattr(build, "SOURCES", copy)
+    before = build._key(compiler)
+    (build.SOURCES / "norm.h").write_text("// changed\n")
+    changed = build._key(compiler)
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
 
-    assert build._key("rms_norm", compiler, None) != before
-    assert build._key("rms_norm", compiler, "/another/libgomp.so") != build._key("rms_norm", compiler, None)
+    assert len({before, changed, build._key(compiler)}) == 3
 
 
 @needs_compiler
-def test_every_kernel_of_this_machine_is_ready():
-    states = build.status()
+def test_the_kernels_of_this_machine_are_ready():
+    assert build.status().startswith("ready"), build.status()
 
-    assert set(states) == {path.stem for path in build.SOURCES.glob("*.cpp")}
-    assert all(state.startswith("ready") for state in states.values()), states
+
+@needs_compiler
+def test_many_threads_may_multiply_at_once_and_with_any_number_of_helpers():
+    before = torch.get_num_threads()
+    packed = linear.PackedLinear(torch.randn(300, 64))
+    inputs = [torch.randn(7, 64) for _ in range(6)]
+    expected = [packed(x) for x in inputs]
+    wrong = []
+
+    def multiply(number):
+        torch.set_num_threads(1 + number % 4)
+        for _ in range(200):
+            if not torch.equal(packed(inputs[number]), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=multiply, args=[number]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(before)
+
+    assert wrong == []

@@ -1,17 +1,17 @@
 // act(gate) * up over rows of [gate | up]. See kernels/gated_activation.py for the formula.
 #include "activation.h"
+#include "pool.h"
 
 namespace {
 
 template <class Act, class T>
 void gate_rows(T *out, const T *gate_up, int64_t rows, int64_t width, int64_t stride, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, threads, [=](int64_t row) {
         const T *gate = gate_up + row * stride, *up = gate + width;
         T *result = out + row * width;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) result[i] = narrow<T>(Act::apply(widen(gate[i])) * widen(up[i]));
-    }
+    });
 }
 
 } // namespace

@@ -1,6 +1,7 @@
 // y = x @ weight.T + bias over a weight in panels. See kernels/linear.py for the formula and product.h for the layout.
 #include <vector>
 
+#include "pool.h"
 #include "product.h"
 
 namespace {
@@ -9,9 +10,9 @@ namespace {
 constexpr int64_t chunk_rows = 192;
 
 template <class T> void pack(T *packed, const T *weight, int64_t outputs, int64_t inputs, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t panel = 0; panel < num_panels(outputs); ++panel)
+    share(num_panels(outputs), threads, [=](int64_t panel) {
         pack_panel(packed + panel * panel_size<T>(inputs), weight, panel * panel_width, outputs, inputs);
+    });
 }
 
 template <class Out, class T>
@@ -20,23 +21,21 @@ void multiply(Out *out, const T *x, const T *packed, const T *bias, int64_t rows
     std::vector<const T *> pointers(rows);
     for (int64_t row = 0; row < rows; ++row) pointers[row] = x + row * stride;
     const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows, panels = num_panels(outputs);
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t begin = chunk * chunk_rows, end = std::min(rows, begin + chunk_rows);
-            const int64_t column = panel * panel_width, width = std::min(panel_width, outputs - column);
-            multiply_rows(pointers.data() + begin, end - begin, packed + panel * panel_size<T>(inputs), inputs,
-                          [&](int64_t first, int64_t count, const float *sums) {
-                              for (int64_t m = 0; m < count; ++m, sums += panel_width) {
-                                  Out *to = out + (begin + first + m) * outputs + column;
-                                  if (bias)
-                                      for (int64_t n = 0; n < width; ++n)
-                                          to[n] = narrow<Out>(sums[n] + widen(bias[column + n]));
-                                  else
-                                      for (int64_t n = 0; n < width; ++n) to[n] = narrow<Out>(sums[n]);
-                              }
-                          });
-        }
+    share(chunks * panels, threads, [&](int64_t task) {
+        const int64_t panel = task % panels, begin = task / panels * chunk_rows;
+        const int64_t end = std::min(rows, begin + chunk_rows);
+        const int64_t column = panel * panel_width, width = std::min(panel_width, outputs - column);
+        auto write = [&](int64_t first, int64_t count, const float *sums) {
+            for (int64_t m = 0; m < count; ++m, sums += panel_width) {
+                Out *to = out + (begin + first + m) * outputs + column;
+                if (bias)
+                    for (int64_t n = 0; n < width; ++n) to[n] = narrow<Out>(sums[n] + widen(bias[column + n]));
+                else
+                    for (int64_t n = 0; n < width; ++n) to[n] = narrow<Out>(sums[n]);
+            }
+        };
+        multiply_rows(pointers.data() + begin, end - begin, packed + panel * panel_size<T>(inputs), inputs, write);
+    });
 }
 
 } // namespace

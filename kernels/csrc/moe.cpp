@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "pool.h"
 #include "product.h"
 
 namespace {
@@ -91,21 +92,16 @@ template <class Act, class T> void run_experts(T *out, const Layer<T> &layer, in
     const int64_t inner_panels = num_panels(layer.inner), hidden_panels = num_panels(layer.hidden);
     const std::unique_ptr<T[]> inner(new T[choices * layer.inner]);
     const std::unique_ptr<float[]> parts(new float[choices * layer.hidden]);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int64_t a = 0; a < active; ++a)
-            for (int64_t panel = 0; panel < inner_panels; ++panel)
-                run_gate_up<Act>(inner.get(), layer, routing, routing.active[a], panel);
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int64_t a = 0; a < active; ++a)
-            for (int64_t panel = 0; panel < hidden_panels; ++panel)
-                run_down(parts.get(), inner.get(), layer, routing, routing.active[a], panel);
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < layer.tokens; ++token)
-            add_parts(out + token * layer.hidden, parts.get() + token * layer.top_k * layer.hidden, layer.top_k,
-                      layer.hidden);
-    }
+    share(active * inner_panels, threads, [&](int64_t i) {
+        run_gate_up<Act>(inner.get(), layer, routing, routing.active[i / inner_panels], i % inner_panels);
+    });
+    share(active * hidden_panels, threads, [&](int64_t i) {
+        run_down(parts.get(), inner.get(), layer, routing, routing.active[i / hidden_panels], i % hidden_panels);
+    });
+    share(layer.tokens, threads, [&](int64_t token) {
+        add_parts(out + token * layer.hidden, parts.get() + token * layer.top_k * layer.hidden, layer.top_k,
+                  layer.hidden);
+    });
 }
 
 } // namespace

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "numeric.h"
+#include "pool.h"
 
 namespace {
 
@@ -420,29 +421,25 @@ template <class T> void attend(const Problem<T> &p, int64_t threads) {
     const int64_t states = plan.slots * p.heads, num_tasks = plan.tasks.size(), num_merges = plan.merges.size();
     float *memory = scratch<for_batch>(states * (p.width + 2));
     const Partials partials{memory, memory + states * p.width, memory + states * (p.width + 1), p.heads, p.width};
-#pragma omp parallel num_threads(threads) if (threads > 1 && num_tasks > 1)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_tasks; ++i)
-            if (plan.tasks[i].slot < 0)
-                run_tile(p, plan.tasks[i]);
-            else
-                run_piece(p, plan.tasks[i], partials);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < num_merges; ++i)
-            merge_pieces(p, plan.merges[i].row, plan.merges[i].slot, plan.merges[i].count, partials);
-    }
+    share(num_tasks, threads, [&](int64_t i) {
+        if (plan.tasks[i].slot < 0)
+            run_tile(p, plan.tasks[i]);
+        else
+            run_piece(p, plan.tasks[i], partials);
+    });
+    share(num_merges, threads, [&](int64_t i) {
+        merge_pieces(p, plan.merges[i].row, plan.merges[i].slot, plan.merges[i].count, partials);
+    });
 }
 
 template <class T>
 void scatter(const T *k, const T *v, T *k_cache, T *v_cache, const int64_t *slots, int64_t tokens, int64_t width,
              int64_t k_stride, int64_t v_stride, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t token = 0; token < tokens; ++token) {
-        if (slots[token] < 0) continue;
+    share(tokens, threads, [=](int64_t token) {
+        if (slots[token] < 0) return;
         std::memcpy(k_cache + slots[token] * width, k + token * k_stride, width * sizeof(T));
         std::memcpy(v_cache + slots[token] * width, v + token * v_stride, width * sizeof(T));
-    }
+    });
 }
 
 } // namespace

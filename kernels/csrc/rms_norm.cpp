@@ -1,13 +1,13 @@
 // RMS normalisation of rows, with or without a residual addition before it. See kernels/rms_norm.py for the formula.
 #include "norm.h"
+#include "pool.h"
 
 namespace {
 
 template <class T>
 void norm_rows(T *out, T *total, const T *x, const T *residual, const T *weight, int64_t rows, int64_t width,
                int64_t x_stride, int64_t residual_stride, float eps, int64_t style, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, threads, [=](int64_t row) {
         const T *input = x + row * x_stride;
         if (residual) {
             const T *before = residual + row * residual_stride;
@@ -16,7 +16,7 @@ void norm_rows(T *out, T *total, const T *x, const T *residual, const T *weight,
             input = sum;
         }
         normalise(out + row * width, input, weight, width, eps, style);
-    }
+    });
 }
 
 } // namespace

@@ -1,5 +1,6 @@
 // Rotary embedding of heads, with or without a head norm before it. See kernels/rotary.py for the formula.
 #include "norm.h"
+#include "pool.h"
 
 namespace {
 
@@ -20,16 +21,15 @@ template <class T>
 void turn_heads(T *out, const T *x, const T *weight, const float *cosines, const float *sines, int64_t tokens,
                 int64_t heads, int64_t width, int64_t turned, int64_t token_stride, int64_t head_stride,
                 int64_t angle_stride, float eps, int64_t style, int64_t normed, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t token = 0; token < tokens; ++token) {
+    share(tokens, threads, [=](int64_t token) {
         alignas(64) T head[max_width];
         for (int64_t h = 0; h < heads; ++h) {
             const T *input = x + token * token_stride + h * head_stride;
             if (normed) normalise(head, input, weight, width, eps, style);
-            turn(out + (token * heads + h) * width, normed ? head : input, cosines + token * angle_stride, sines + token * angle_stride,
-                 turned, width);
+            turn(out + (token * heads + h) * width, normed ? head : input, cosines + token * angle_stride,
+                 sines + token * angle_stride, turned, width);
         }
-    }
+    });
 }
 
 } // namespace
