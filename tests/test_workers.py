@@ -3,13 +3,16 @@
 import json
 import signal
 import time
+import urllib.request
 
 import pytest
+from celery import Celery
 from conftest import RedisServer
 from fake_engine import answer
 from fleet import Fleet, assert_published_once, deltas, until
 
 from inferfleet.workers.flight import seed_of
+from inferfleet.workers.metrics import fleet_families
 
 
 @pytest.fixture
@@ -29,6 +32,14 @@ def shared(redis_binary_path, tmp_path_factory):
     yield fleet
     fleet.close()
     server.kill()
+
+
+@pytest.fixture
+def plain_celery(shared):
+    """Celery without anything of ours."""
+    app = Celery(broker=shared.redis_url, set_as_current=False)
+    yield app
+    app.close()
 
 
 def test_a_turn_carries_a_job_to_its_end(shared):
@@ -261,3 +272,47 @@ def test_a_job_without_a_seed_gets_one_that_its_id_decides(shared):
     record = shared.wait(shared.submit("tokens=3"))
 
     assert json.loads(record.response)["choices"][0]["message"]["content"] == answer(seed_of(record.id), 3)
+
+
+def test_celery_s_own_tools_see_each_running_job_as_a_task(shared, plain_celery):
+    job_id = shared.submit("tokens=300 step=0.01")
+    shared.wait_for_words(job_id)
+
+    active = plain_celery.control.inspect(timeout=2).active()
+
+    tasks = [task for tasks in active.values() for task in tasks]
+    assert [(task["name"], task["args"]) for task in tasks] == [("inferfleet.turn", ["m"])]
+    assert list(active) == list(shared.ledger.workers())
+    shared.ledger.cancel(job_id)
+    shared.wait(job_id)
+
+
+def test_remote_control_s_shutdown_drains(fleet):
+    worker = fleet.start_worker()
+    job_id = fleet.submit("tokens=60 step=0.02")
+    fleet.wait_for_words(job_id)
+
+    with Celery(broker=fleet.redis_url, set_as_current=False) as app:
+        app.control.shutdown()
+    assert worker.process.wait(30) == 0
+
+    assert fleet.state(job_id) == "completed"
+    assert worker.lines("draining")
+
+
+def test_a_worker_s_figures_are_on_the_fleet_s_page_and_on_its_own(fleet):
+    worker = fleet.start_worker(metrics_port=0)
+    fleet.wait(fleet.submit("tokens=5"))
+
+    def figures():
+        families = fleet.ledger.run(fleet_families())
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    seen = until(lambda: (found := figures()).get("inferfleet_generation_tokens_total") and found)
+    assert seen["inferfleet_generation_tokens_total"] == 5
+    assert seen["inferfleet_jobs_total"] == seen["inferfleet_request_success_total"] == 1
+    assert seen["inferfleet_time_to_first_token_seconds_count"] == 1
+    assert {"inferfleet_num_requests_running", "inferfleet_kv_cache_usage_perc"} <= set(seen)
+    port = worker.lines("metrics_served")[0]["port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        assert 'inferfleet_jobs_total{model_name="m",status="completed"} 1.0' in page.read().decode()
