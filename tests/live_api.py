@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,15 @@ from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.api.ringer import Ring
-from inferfleet.workers.api.server import create_app, listen
+from inferfleet.workers.api.server import DrainingServer, create_app, listen
 
 
 @dataclass(frozen=True)
 class LiveApi:
     url: str
     settings: Settings
+    #: Tells the server to stop, as a signal would.
+    stop: Callable[[], None]
     _clients: ExitStack
     _worker: HandWorker | None = None
 
@@ -41,14 +43,15 @@ class LiveApi:
 
 
 @contextmanager
-def running_api(redis_url: str, **settings: Any) -> Iterator[LiveApi]:
-    """An API and a worker by hand; `settings` go over the defaults."""
-    chosen = Settings(redis_url=redis_url, namespace=f"api-{uuid.uuid4().hex}", drain_grace_seconds=1, **settings)
+def running_api(redis_url: str, *, drain: int = 1, **settings: Any) -> Iterator[LiveApi]:
+    """An API and a worker by hand; `settings` go over the defaults, `drain` is the grace of the end in seconds."""
+    namespace = f"api-{uuid.uuid4().hex}"
+    chosen = Settings(redis_url=redis_url, namespace=namespace, drain_grace_seconds=drain, **settings)
     worker = HandWorker(redis_url, chosen.namespace)
     worker.start()
     try:
-        with serving(chosen, worker.ring) as (url, clients):
-            yield LiveApi(url, chosen, clients, worker)
+        with serving(chosen, worker.ring) as (url, clients, stop):
+            yield LiveApi(url, chosen, stop, clients, worker)
     finally:
         worker.stop()
 
@@ -59,17 +62,23 @@ def api_of_workers(redis_url: str, namespace: str, **settings: Any) -> Iterator[
     chosen = Settings(redis_url=redis_url, namespace=namespace, drain_grace_seconds=1, **settings)
     bell = Doorbell(redis_url, namespace)
     try:
-        with serving(chosen, bell.ring) as (url, clients):
-            yield LiveApi(url, chosen, clients)
+        with serving(chosen, bell.ring) as (url, clients, stop):
+            yield LiveApi(url, chosen, stop, clients)
     finally:
         bell.close()
 
 
 @contextmanager
-def serving(settings: Settings, ring: Ring) -> Iterator[tuple[str, ExitStack]]:
-    """uvicorn in a thread; gives its address and a stack that closes clients before the server goes."""
+def serving(settings: Settings, ring: Ring) -> Iterator[tuple[str, ExitStack, Callable[[], None]]]:
+    """uvicorn in a thread: its address, a stack that closes clients before the server goes, and its stop."""
     logs.configure("warning", "json")
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, ring), log_config=None, timeout_graceful_shutdown=1))
+    app = create_app(settings, ring)
+    grace = round(settings.drain_grace_seconds)
+    server = DrainingServer(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=grace), app)
+
+    def stop() -> None:
+        server.should_exit = True
+
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -77,9 +86,9 @@ def serving(settings: Settings, ring: Ring) -> Iterator[tuple[str, ExitStack]]:
         try:
             _wait_until_up(url)
             with ExitStack() as clients:
-                yield url, clients
+                yield url, clients, stop
         finally:
-            server.should_exit = True
+            stop()
             thread.join(timeout=15)
 
 

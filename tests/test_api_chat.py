@@ -131,6 +131,17 @@ def test_a_client_that_named_an_idempotency_key_may_leave_and_come_back(api):
     assert again.http_response.json()["status"] == "in_progress"
 
 
+def test_a_stream_that_is_asked_for_again_by_its_key_is_the_same_stream(api):
+    asked = {"model": "paper", "messages": say("say one two"), "stream": True}
+    asked["extra_headers"] = {"Idempotency-Key": "a stream of mine"}
+
+    first = [chunk.choices[0] for chunk in api.sdk().chat.completions.create(**asked)]
+    again = api.sdk().chat.completions.with_raw_response.create(**asked)
+
+    assert again.headers["idempotency-replayed"] == "true"
+    assert [chunk.choices[0] for chunk in again.parse()] == first
+
+
 def test_respond_async_gives_the_job_at_once(api):
     api.worker.paused = True
     body = {"model": "paper", "messages": say("say later")}

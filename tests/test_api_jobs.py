@@ -1,11 +1,13 @@
 """/v1/jobs over HTTP: a job's whole life, its events, and what is refused."""
 
+import concurrent.futures
 import json
 import threading
 from collections.abc import Iterator
 
 import httpx2
 import pytest
+from fleet import until
 from live_api import LiveApi, running_api
 
 from inferfleet.tasks import names
@@ -242,7 +244,9 @@ def test_events_go_on_behind_the_last_one_seen(http, how):
 def test_events_of_a_running_job_are_resumed_while_they_come(http):
     job_id = http.post("/v1/jobs", json=job("hold one")).json()["id"]
     with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
-        seen = json.loads(next(line for line in stream.iter_lines() if line.startswith("data") and "delta" in line)[6:])["sequence_number"]
+        seen = json.loads(
+            next(line for line in stream.iter_lines() if line.startswith("data") and "delta" in line)[6:]
+        )["sequence_number"]
 
     rest: list[dict] = []
     with http.stream("GET", f"/v1/jobs/{job_id}/events", params={"starting_after": seen}) as stream:
@@ -285,6 +289,26 @@ def test_two_readers_of_one_job_both_see_all_of_it(http):
     assert seen[0] == seen[1]
     assert [event["sequence_number"] for event in seen[0]] == list(range(len(seen[0])))
     assert seen[0][-1]["type"] == "job.cancelled"
+
+
+def test_a_shutdown_ends_long_polls_and_event_streams_at_once_but_not_answers(session_redis):
+    # Given a poll, an event stream and a chat that all wait, when the server is told to stop,
+    with running_api(session_redis.url, drain=20) as api, api.http() as http:
+        job_id = http.post("/v1/jobs", json=job("hold on")).json()["id"]
+        body = job("hold on")["body"]
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            poll = pool.submit(http.get, f"/v1/jobs/{job_id}", params={"wait": 60})
+            stream = pool.submit(http.get, f"/v1/jobs/{job_id}/events")
+            chat = pool.submit(http.post, "/v1/chat/completions", json=body)
+            until(lambda: len(http.get("/v1/jobs", params={"status": "in_progress"}).json()["data"]) == 2)
+            api.stop()
+
+            # then the first two end with what is known, and the chat still gets its own end.
+            assert poll.result(15).json()["status"] == "in_progress"
+            assert events_of(stream.result(15))[-1]["type"] == "response.output_text.delta"
+            for record in api.worker.ledger.list("default").jobs:
+                api.worker.ledger.cancel(record.id)
+            assert chat.result(15).json()["error"]["code"] == "cancelled"
 
 
 # Idempotency ---------------------------------------------------------------------------------------------------------

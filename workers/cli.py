@@ -26,6 +26,8 @@ from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print
 #: The checkpoint that a checkout brings along.
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
 EXIT_INTERRUPTED = 130
+#: After the grace a worker still has to hand its jobs back.
+HAND_BACK_SECONDS = 10.0
 #: What the bare install leaves out -> the extra that brings it.
 EXTRAS = {"fastapi": "api", "uvicorn": "api", "tokenizers": "api", "prometheus_client": "worker", "torch": "worker"}
 
@@ -75,7 +77,7 @@ def up(
         port=settings.api_port or free_port(),
         redis_url=settings.redis_url if "redis_url" in settings.model_fields_set else None,
         namespace=settings.namespace,
-        grace=settings.drain_grace_seconds,
+        grace=settings.drain_grace_seconds + HAND_BACK_SECONDS,
         flags=tuple(part for flag in flags for part in ("--model", flag)),
     )
     run_up(plan, JsonReport() if json else TextReport())

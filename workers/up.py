@@ -24,6 +24,7 @@ from inferfleet.tasks.errors import FleetError, SetupError
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers.cli_http import SHORT, ApiClient
 from inferfleet.workers.embedded import EmbeddedRedis, find_server, start_redis
+from inferfleet.workers.keys import digest, is_loopback, new_key
 from inferfleet.workers.processes import Child, ChildFailed, start_child
 
 API_SECONDS = 60.0
@@ -94,12 +95,13 @@ class Fleet:
     def start(self) -> None:
         """Redis first, then API and worker at once, then waits until every model is loaded."""
         self._start_redis()
+        ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
+        self._make_first_key(ledger)
         self._start_part("api")
         self._start_part("worker")
         api, worker = self.children["api"], self.children["worker"]
         with ApiClient(self.plan.api_url, timeout=SHORT) as client:
             self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
-        ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
         for name, path in self.plan.models.items():
             self._await(worker, partial(_served, ledger, name), LOAD_SECONDS, f"model {name}", path)
         ledger.close()
@@ -142,6 +144,14 @@ class Fleet:
         self.redis = start_redis(binary, self.plan.folder / "redis", self._log("redis"))
         self.redis_url = self.redis.url
         self.report.phase("redis", time.monotonic() - started, str(binary))
+
+    def _make_first_key(self, ledger: Ledger) -> None:
+        """Beyond loopback the API wants a key to exist, and nobody can make one before our Redis runs."""
+        if is_loopback(self.plan.host) or ledger.list_keys():
+            return
+        key = new_key()
+        ledger.put_key(digest(key), "default", "made by inferfleet up")
+        self.report.note(f"API key, shown this once: {key}")
 
     def _start_part(self, name: str) -> None:
         address = ["--host", self.plan.host, "--port", str(self.plan.port)] if name == "api" else []

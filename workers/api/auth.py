@@ -1,6 +1,5 @@
 """Who is calling: the tenant behind an API key. Where only this machine can connect, none is needed."""
 
-import ipaddress
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
@@ -17,16 +16,6 @@ class NoApiKey(SetupError):
     """The API would listen beyond this machine without a single API key."""
 
     code = "no_api_key"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 _bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer ifk_…`; not needed on loopback")

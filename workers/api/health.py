@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from inferfleet.tasks.errors import LedgerUnavailable
+from inferfleet.tasks.errors import LedgerUnavailable, Unavailable
 from inferfleet.workers.api import openapi
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.responses import json_response
@@ -24,6 +24,8 @@ async def health() -> Response:
 async def ready(use: Use) -> Response:
     """200 while jobs can be accepted, 503 while the ledger (Redis) is away. Lists the models that are ready."""
     cards = await use.door.cards()
+    if use.drain.begun.is_set():
+        raise Unavailable("this API is shutting down", retry_after=1)
     if use.hub.outage_seconds > 0:
         raise LedgerUnavailable("the ledger (Redis) does not deliver events", retry_after=1)
     return json_response({"status": "ready", "models": [name for name, card in cards.items() if _ready(card)]})

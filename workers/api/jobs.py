@@ -131,7 +131,7 @@ async def job_events(
     if not first and (await use.ledger.get(job_id, tenant)).terminal:
         await events.aclose()
         return Response(status_code=204)  # tells an EventSource that there is nothing to reconnect for
-    return EventStream(_event_frames(first, events))
+    return EventStream(_event_frames(first, events), stop=use.drain.begun)
 
 
 @router.post("/{job_id}/cancel", status_code=202, openapi_extra=openapi.CANCEL_JOB)

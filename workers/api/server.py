@@ -19,9 +19,10 @@ from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledge
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.api import chat, health, jobs, models
-from inferfleet.workers.api.auth import NoApiKey, is_loopback
+from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
+from inferfleet.workers.api.drain import Drain
 from inferfleet.workers.api.hub import BLOCK_MS, Hub
 from inferfleet.workers.api.middleware import RequestScope
 from inferfleet.workers.api.openapi import components
@@ -31,6 +32,7 @@ from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
 from inferfleet.workers.checks import check_redis
+from inferfleet.workers.keys import is_loopback
 
 log = logs.get("api")
 
@@ -51,7 +53,8 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         reader = _client(settings, 1, BLOCK_MS / 1000 + CALL_SECONDS, 0)
         hub, ringer = Hub(ledger, reader), Ringer(ring)
         door = Door(settings, ledger, ringer)
-        app.state.services = Services(settings, ledger, hub, door, metrics, not is_loopback(settings.api_host))
+        keys_required = not is_loopback(settings.api_host)
+        app.state.services = Services(settings, ledger, hub, door, metrics, Drain(), keys_required)
         reading = asyncio.create_task(hub.run())
         try:
             yield
@@ -86,8 +89,9 @@ def serve(settings: Settings, ring: Ring) -> None:
     Raises NoApiKey, RedisMisconfigured, LedgerUnavailable, or SetupError when the address cannot be had.
     """
     _check_setup(settings)
+    app = create_app(settings, ring)
     config = uvicorn.Config(
-        create_app(settings, ring),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -95,7 +99,20 @@ def serve(settings: Settings, ring: Ring) -> None:
         timeout_graceful_shutdown=round(settings.drain_grace_seconds),
     )
     with listen(settings.api_host, settings.api_port) as listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        DrainingServer(config, app).run(sockets=[listener])
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, telling the application at once that the end has begun: its own lifespan event comes last."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        services: Services = self._app.state.services
+        services.drain.begin()
+        await super().shutdown(sockets)
 
 
 def _client(settings: Settings, connections: int, seconds: float, retries: int) -> "redis.asyncio.Redis":

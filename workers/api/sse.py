@@ -35,7 +35,8 @@ async def gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `frames` as they come and calls `on_gone` when the client leaves before the last of them.
+    """Sends `frames` as they come and calls `on_gone` when the client leaves before the last of them; `stop` ends a
+    stream that its reader can take up again.
 
     Starlette's StreamingResponse only cancels the iterator; here leaving has a meaning of its own (the job is
     cancelled), which must not be taken for the server's shutting down.
@@ -48,26 +49,31 @@ class EventStream(Response):
         frames: AsyncIterator[bytes],
         *,
         on_gone: Callable[[], Awaitable[None]] | None = None,
+        stop: asyncio.Event | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._frames = frames
         self._on_gone = on_gone
+        self._stop = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         sender = asyncio.ensure_future(self._send_frames(send))
         watcher = asyncio.ensure_future(gone(receive))
+        stopper = asyncio.ensure_future((self._stop or asyncio.Event()).wait())
         try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            left = not sender.done()
-            if not left:
+            await asyncio.wait({sender, watcher, stopper}, return_when=asyncio.FIRST_COMPLETED)
+            ended, left = sender.done(), watcher.done()
+            if ended:
                 await sender
         finally:
-            await cancel_and_wait(sender, watcher)
-        if left and self._on_gone is not None:
+            await cancel_and_wait(sender, watcher, stopper)
+        if not ended and left and self._on_gone is not None:
             await self._on_gone()
+        elif not ended and not left:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_frames(self, send: Send) -> None:
         async for part in self._frames:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from fastapi import Request
@@ -40,12 +41,13 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 async def wait_for_end(use: Services, job_id: str, tenant: str, seconds: float | None) -> JobRecord:
-    """The job once it has ended, or as it is after `seconds` (None = however long it takes)."""
+    """The job once it has ended, or as it is after `seconds` or at a shutdown; None = however long it takes."""
     if seconds == 0:
         return await use.ledger.get(job_id, tenant)
     try:
-        async with asyncio.timeout(seconds):
-            return await use.hub.until_ended(job_id, tenant)
+        async with asyncio.timeout(seconds) as limit:
+            with use.drain.shortens(limit) if seconds else nullcontext():
+                return await use.hub.until_ended(job_id, tenant)
     except TimeoutError:
         return await use.ledger.get(job_id, tenant)
 
