@@ -1,6 +1,7 @@
 """The whole way under the API with our own engine: ledger, Celery, worker, engine process, answer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from parity.checkpoints import write
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams
 
+DEMO_MODEL = Path(__file__).parents[1] / "ops" / "demo_model"
 SMALL = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "kv_cache_tokens": 4096}
 #: A step may take long on a busy machine, and no lease shall lapse meanwhile.
 CALM = {"lease_seconds": 60, "heartbeat_seconds": 1, "stall_seconds": 600}
@@ -72,3 +74,14 @@ def test_a_sampled_answer_is_the_same_after_its_engine_was_killed_in_the_middle(
     said = deltas(fleet.ledger.events(job_id))
     assert [token for event in said for token in event["token_ids"]] == expected.token_ids
     assert "".join(event["delta"] for event in said) == expected.text
+
+
+def test_the_shipped_model_adds_up(fleet):
+    fleet.start_worker(models={"demo": {"path": str(DEMO_MODEL)}}, real=True, **CALM)
+
+    sums = [(12, 30), (7, 8), (45, 54), (60, 21)]
+    jobs = [fleet.submit(f"What is {a} + {b}?", model="demo", body={"temperature": 0.0}) for a, b in sums]
+    records = [fleet.wait(job_id) for job_id in jobs]
+
+    assert [str(a + b) in answers_of(record)[0] for (a, b), record in zip(sums, records, strict=True)] == [True] * 4
+    assert {json.loads(record.response)["choices"][0]["finish_reason"] for record in records} == {"stop"}
