@@ -49,11 +49,19 @@ def phase(name: str) -> Iterator[None]:
     print(f"  {name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
-def run(command: list[str | Path], **options: object) -> None:
+def run(command: list[str | Path]) -> None:
     """Run a command; its failure is ours."""
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, check=False, **options)  # type: ignore[call-overload]
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, check=False)
     if done.returncode:
         raise DevError(f"`{' '.join(str(part) for part in command)}` ended with status {done.returncode}")
+
+
+def run_quietly(command: list[str | Path]) -> None:
+    """Run a command whose words matter only if it fails."""
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise DevError(f"{done.stdout[-4000:]}\n`{' '.join(words)}` ended with status {done.returncode}")
 
 
 def pip_works() -> bool:
@@ -72,10 +80,10 @@ def make_venv() -> None:
     if made.returncode == 0 and pip_works():
         return
     shutil.rmtree(VENV, ignore_errors=True)
-    run([sys.executable, "-m", "venv", "--without-pip", VENV])
+    run_quietly([sys.executable, "-m", "venv", "--without-pip", VENV])
     if hashlib.sha256(PIP_WHEEL.read_bytes()).hexdigest() != PIP_SHA256:
         raise DevError(f"{PIP_WHEEL.relative_to(ROOT)} is damaged: its SHA-256 is not {PIP_SHA256}")
-    run([PYTHON, PIP_WHEEL / "pip", "install", "--quiet", "--no-index", PIP_WHEEL])
+    run_quietly([PYTHON, PIP_WHEEL / "pip", "install", "--quiet", "--no-index", PIP_WHEEL])
 
 
 def warn_about_torch() -> None:
@@ -102,9 +110,9 @@ def install(extras: tuple[str, ...]) -> None:
     if subprocess.run([PYTHON, "-c", "import torch"], capture_output=True, check=False).returncode:
         warn_about_torch()
         with phase(f"installing {TORCH}"):
-            run([*pip, TORCH])
+            run_quietly([*pip, TORCH])
     with phase("installing inferfleet"):
-        run([*pip, "--editable", f"{ROOT}[{','.join(extras)}]"])
+        run_quietly([*pip, "--editable", f"{ROOT}[{','.join(extras)}]"])
     stamp.write_text(" ".join((wanted, *extras)))
 
 
