@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from inferfleet.engine.admission import Admission
 from inferfleet.engine.blocks import BlockManager, GroupSize
 from inferfleet.engine.cache import ContiguousCache, KVCache
@@ -28,6 +26,7 @@ from inferfleet.engine.sizing import (
 )
 from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
+from inferfleet.kernels import threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +78,7 @@ class Loaded:
 def load_engine(spec: EngineSpec) -> Loaded:
     """Load everything. Raises LoadError, a ModelError, TokenizerError or ChatTemplateError; each says what to do."""
     if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
+        threads.use(spec.threads)
     loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     started = time.perf_counter()
     prompts = PromptEncoder(loaded.folder)

@@ -21,8 +21,6 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from inferfleet.engine.admission import Published
 from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import EngineError, InvalidRequest
@@ -30,6 +28,7 @@ from inferfleet.engine.loader import EngineSpec, Loaded, load_engine
 from inferfleet.engine.output import StepOutput
 from inferfleet.engine.sampling_params import SamplingParams
 from inferfleet.engine.text.chat import ChatTemplateError
+from inferfleet.kernels import threads
 
 #: While it computes, the child says so at least this often, so that a stalled engine is told from a slow one.
 SIGN_OF_LIFE_SECONDS = 1.0
@@ -173,7 +172,7 @@ def main() -> int:
     # Ctrl-C reaches the whole terminal group; when this process ends is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(options.fd, False)
-    torch.set_num_threads(usable_cores())
+    threads.use(usable_cores())
     try:
         Child(Connection(options.fd)).run()
     except Closed:

@@ -36,7 +36,6 @@ FLAGS = (
 )
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 COMPILE_SECONDS = 300
-MIN_PARALLEL_ELEMENTS = 32768
 
 Functions = Mapping[tuple[str, torch.dtype], Callable[..., int]]
 
@@ -71,11 +70,6 @@ def bind(signatures: Mapping[str, Sequence[Any]]) -> Functions | None:
             function.argtypes, function.restype = list(arguments), ctypes.c_int64
             functions[name, dtype] = function
     return functions
-
-
-def threads_for(elements: int) -> int:
-    """How many threads an elementwise kernel should use: waking a second one costs more than a small row."""
-    return torch.get_num_threads() if elements >= MIN_PARALLEL_ELEMENTS else 1
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferfleet.kernels import build
+from inferfleet.kernels import build, threads
 
 Kind = Literal["silu", "gelu_tanh"]
 
@@ -36,8 +36,8 @@ def gated_activation(gate_up: Tensor, kind: Kind) -> Tensor:
         return reference(gate_up, kind)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    threads = build.threads_for(2 * out.numel())
-    native[kind, gate_up.dtype](out.data_ptr(), gate_up.data_ptr(), rows, width, gate_up.stride(0), threads)
+    count = threads.for_elements(2 * out.numel())
+    native[kind, gate_up.dtype](out.data_ptr(), gate_up.data_ptr(), rows, width, gate_up.stride(0), count)
     return out
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferfleet.kernels import build
+from inferfleet.kernels import build, threads
 
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -67,7 +67,7 @@ class PackedLinear:
             self.out_features,
             self.in_features,
             rows.stride(0),
-            torch.get_num_threads(),
+            threads.for_work(),
         )
         return out
 
@@ -103,7 +103,7 @@ def pack_panels(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     weight = weight.contiguous()
     packed = torch.empty(native["packed_size", weight.dtype](outputs, inputs), dtype=weight.dtype)
-    native["pack", weight.dtype](packed.data_ptr(), weight.data_ptr(), outputs, inputs, torch.get_num_threads())
+    native["pack", weight.dtype](packed.data_ptr(), weight.data_ptr(), outputs, inputs, threads.for_work())
     return packed
 
 

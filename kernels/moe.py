@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferfleet.kernels import build, linear
+from inferfleet.kernels import build, linear, threads
 from inferfleet.kernels.gated_activation import Kind, gated_activation
 from inferfleet.kernels.linear import PackedLinear
 
@@ -88,7 +88,7 @@ class PackedExperts:
             self.hidden,
             self.inner,
             rows.stride(0),
-            torch.get_num_threads(),
+            threads.for_work(),
         )
         return out
 

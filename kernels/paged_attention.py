@@ -17,7 +17,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build
+from inferfleet.kernels import build, threads
 
 
 def write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -98,7 +98,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         width,
         k.stride(0),
         v.stride(0),
-        build.threads_for(tokens * width),
+        threads.for_elements(tokens * width),
     )
 
 
@@ -144,7 +144,7 @@ def paged_attention(
         q.stride(0),
         window or 0,
         scale,
-        torch.get_num_threads(),
+        threads.for_work(),
     )
     return out
 

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build
+from inferfleet.kernels import build, threads
 
 Style = Literal["llama", "gemma", "zero_centered"]
 
@@ -106,5 +106,5 @@ def _call(
         0 if residual is None else residual.stride(0),
         eps,
         STYLES[style],
-        build.threads_for(rows * width),
+        threads.for_elements(rows * width),
     )

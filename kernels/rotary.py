@@ -14,7 +14,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build, rms_norm
+from inferfleet.kernels import build, rms_norm, threads
 from inferfleet.kernels.rms_norm import STYLES, Style
 
 MAX_WIDTH = 1024  # of a head, as in csrc/rotary.cpp
@@ -99,6 +99,6 @@ def _call(
         eps,
         STYLES[style],
         normed,
-        build.threads_for(x.numel()),
+        threads.for_elements(x.numel()),
     )
     return out

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from inferfleet.kernels import build, linear, rms_norm
+from inferfleet.kernels import build, linear, rms_norm, threads
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler on PATH")
 
@@ -105,6 +105,26 @@ def test_the_kernels_of_this_machine_are_ready():
 
 
 @needs_compiler
+def test_the_kernels_may_have_more_threads_than_torch(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "_count", None)
+    packed, x = linear.PackedLinear(torch.randn(300, 64)), torch.randn(7, 64)
+    expected = packed(x)
+
+    threads.use(3)
+
+    assert (threads.for_work(), torch.get_num_threads()) == (3, 1)
+    assert (threads.for_elements(100), threads.for_elements(10**6)) == (1, 3)
+    assert torch.equal(packed(x), expected)
+    torch.set_num_threads(before)
+
+
+def test_no_threads_at_all_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        threads.use(0)
+
+
+@needs_compiler
 def test_many_threads_may_multiply_at_once_and_with_any_number_of_helpers():
     before = torch.get_num_threads()
     packed = linear.PackedLinear(torch.randn(300, 64))
@@ -118,10 +138,10 @@ def test_many_threads_may_multiply_at_once_and_with_any_number_of_helpers():
             if not torch.equal(packed(inputs[number]), expected[number]):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=multiply, args=[number]) for number in range(6)]
-    for thread in threads:
+    callers = [threading.Thread(target=multiply, args=[number]) for number in range(6)]
+    for thread in callers:
         thread.start()
-    for thread in threads:
+    for thread in callers:
         thread.join()
     torch.set_num_threads(before)
 
