@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -18,7 +19,10 @@ from parity.checkpoints import write
 
 from inferfleet.workers import cli, cli_chat
 from inferfleet.workers.embedded import find_server, start_redis
+from inferfleet.workers.keys import digest
 from inferfleet.workers.processes import ChildFailed, start_child
+from inferfleet.workers.up import Fleet as Supervised
+from inferfleet.workers.up import Plan
 
 PATIENCE = 120
 
@@ -70,6 +74,11 @@ def make_job(api: LiveApi, text: str, **headers: str) -> str:
     with api.http() as http:
         body = {"model": "paper", "messages": [{"role": "user", "content": text}]}
         return http.post("/v1/jobs", json={"body": body}, headers=headers).json()["id"]
+
+
+def test_the_version_is_told_and_no_command_at_all_shows_the_help(run):
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
+    assert "Usage: inferfleet" in run().out
 
 
 def test_chat_prints_the_answer_of_one_question(run):
@@ -326,6 +335,43 @@ def test_up_brings_a_fleet_that_answers_and_takes_it_down_again(up, tmp_path, mo
     _, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert alive == []
     assert not (tmp_path / "data" / "up.json").exists()
+
+
+@pytest.mark.slow
+def test_up_starts_a_killed_worker_again_and_takes_its_children_along_when_it_is_killed_itself(up, tmp_path):
+    write("qwen3", 2, tmp_path / "tiny")
+    process = up(toml=spec(tmp_path / "tiny"))
+    for _ in range(4):
+        process.stdout.readline()
+    children = psutil.Process(process.pid).children()
+
+    next(child for child in children if "worker" in child.cmdline()).kill()
+    assert "worker ended with signal SIGKILL: starting it again" in process.stdout.readline()
+    ask = [sys.executable, "-m", "inferfleet.workers.cli", "chat", "hello", "--max-tokens", "3", "--json"]
+    answer = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert answer.returncode == 0, answer.stderr
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
+    assert alive == []
+
+
+def test_up_makes_the_first_key_when_it_listens_beyond_loopback_and_only_then(ledger, redis_url, tmp_path):
+    class Notes:
+        texts: ClassVar[list[str]] = []
+
+        def phase(self, name: str, seconds: float, detail: str) -> None: ...
+
+        def note(self, text: str) -> None:
+            self.texts.append(text)
+
+    for host in ("127.0.0.1", "0.0.0.0", "0.0.0.0"):
+        plan = Plan(tmp_path, {}, host, 8000, redis_url, "test", 1.0)
+        Supervised(plan, Notes())._make_first_key(ledger)
+
+    assert len(Notes.texts) == 1
+    assert ledger.list_keys().keys() == {digest(Notes.texts[0].rpartition(" ")[2])}
 
 
 def test_up_ends_with_the_workers_last_words_when_its_model_cannot_be_loaded(up, tmp_path):

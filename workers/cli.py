@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,7 @@ class NotInstalled(SetupError):
 
 app = typer.Typer(
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,  # its frames print locals, and those hold prompts
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A fleet of inference workers behind a queue.",
@@ -47,6 +49,17 @@ app = typer.Typer(
 app.command()(chat)
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_keys.app, name="keys")
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """A fleet of inference workers behind a queue."""
+    if version:
+        out.print(metadata.version("inferfleet"), markup=False)
+        raise typer.Exit
+
 
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on (api_host).")]
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on (api_port).")]
@@ -156,7 +169,7 @@ def _demo_model() -> Path:
 def main() -> None:
     """Runs a command; every FleetError becomes a few clear lines and an exit code, never a trace."""
     try:
-        app()
+        app(prog_name="inferfleet")
     except FleetError as error:
         print_error(error)
         sys.exit(exit_code(error))
