@@ -271,6 +271,12 @@ def test_a_last_event_id_that_is_no_number_is_refused_by_name(api, http):
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "Last-Event-ID")
 
 
+def test_a_place_that_no_event_has_reached_is_refused(api, http):
+    answer = http.get(f"/v1/jobs/{queued(api, http)}/events", params={"starting_after": 1000})
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "starting_after")
+
+
 def test_two_readers_of_one_job_both_see_all_of_it(http):
     job_id = http.post("/v1/jobs", json=job("hold one two")).json()["id"]
     seen: list[list[dict]] = [[], []]

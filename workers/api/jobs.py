@@ -128,9 +128,12 @@ async def job_events(
     after = starting_after if starting_after is not None else _last_event_id(request)
     events = use.hub.follow(job_id, tenant, after=after)
     first = await anext(events)
-    if not first and (await use.ledger.get(job_id, tenant)).terminal:
-        await events.aclose()
-        return Response(status_code=204)  # tells an EventSource that there is nothing to reconnect for
+    if not first:
+        if (await use.ledger.get(job_id, tenant)).terminal:
+            await events.aclose()
+            return Response(status_code=204)  # tells an EventSource that there is nothing to reconnect for
+        if not await use.ledger.events(job_id, tenant, after=after - 1, count=1):
+            raise InvalidRequest(f"the job has no event {after} yet", param="starting_after")
     return EventStream(_event_frames(first, events), stop=use.drain.begun)
 
 
