@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -15,6 +15,7 @@ class HttpMetrics:
     """Counts of this process alone; a scrape sees one process, so run one API process a port."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for every first one, which no dashboard reads
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "inferfleet_http_requests",
