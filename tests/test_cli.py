@@ -17,6 +17,7 @@ import pytest
 from live_api import LiveApi, running_api
 from parity.checkpoints import write
 
+from inferfleet.tasks.client import Client
 from inferfleet.workers import cli, cli_chat
 from inferfleet.workers.embedded import find_server, start_redis
 from inferfleet.workers.keys import digest
@@ -170,7 +171,7 @@ def test_a_job_is_cancelled_and_retried(run, api):
 
 
 def test_keys_are_made_shown_once_listed_and_deleted(run):
-    made = run("keys", "create", "--tenant", "acme", "--name", "ci", "--json").json
+    made = run("keys", "create", "ci", "--tenant", "acme", "--json").json
 
     listed = run("keys", "list", "--json").json
     deleted = run("keys", "delete", made["id"])
@@ -318,12 +319,14 @@ def spec(folder: Path) -> str:
 def test_up_brings_a_fleet_that_answers_and_takes_it_down_again(up, tmp_path, monkeypatch, capsys):
     write("qwen3", 2, tmp_path / "tiny")
     process = up(toml=spec(tmp_path / "tiny"))
-    phases = [json.loads(process.stdout.readline()) for _ in range(4)]
+    phases = [json.loads(process.stdout.readline()) for _ in range(5)]
     children = psutil.Process(process.pid).children(recursive=True)
 
     # When it is ready, then every part was told with its time, and another terminal finds it without being told where.
-    assert [phase.get("phase") for phase in phases] == ["redis", "api", "model tiny", None]
+    assert [phase.get("phase") for phase in phases] == ["redis", "api", "model tiny", None, None]
     assert all(phase["seconds"] >= 0 for phase in phases[:3])
+    with Client(phases[3]["note"].rpartition(" ")[2]) as client:
+        assert list(client.models()) == ["tiny"]
     ask = [sys.executable, "-m", "inferfleet.workers.cli", "chat", "hello", "--max-tokens", "3", "--json"]
     answer = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert answer.returncode == 0, answer.stderr
@@ -341,7 +344,7 @@ def test_up_brings_a_fleet_that_answers_and_takes_it_down_again(up, tmp_path, mo
 def test_up_starts_a_killed_worker_again_and_takes_its_children_along_when_it_is_killed_itself(up, tmp_path):
     write("qwen3", 2, tmp_path / "tiny")
     process = up(toml=spec(tmp_path / "tiny"))
-    for _ in range(4):
+    for _ in range(5):
         process.stdout.readline()
     children = psutil.Process(process.pid).children()
 

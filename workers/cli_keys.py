@@ -24,10 +24,8 @@ class KeyNotFound(NotFound):
 
 @app.command()
 def create(
-    tenant: Annotated[
-        str, typer.Option(help="Who the key acts for; tenants do not see each other's jobs.")
-    ] = "default",
-    name: Annotated[str, typer.Option(help="A note for the list.")] = "",
+    name: Annotated[str, typer.Argument(help="What it is for; shown in the list.")] = "",
+    tenant: Annotated[str, typer.Option(help="Who it acts for; tenants do not see each other's jobs.")] = "default",
     json: Json = False,
 ) -> None:
     """Make a key. It is shown now and never again: only its SHA-256 is kept."""

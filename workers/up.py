@@ -211,6 +211,8 @@ def _announce(fleet: Fleet) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(facts, file)
+    if fleet.redis is not None:
+        fleet.report.note(f"redis_url for the Python client and Celery: {fleet.redis_url}")
     fleet.report.note(f'ready at {fleet.plan.api_url}/v1 · try: inferfleet chat "What is 12 + 30?"')
 
 
