@@ -74,7 +74,7 @@ def test_a_client_that_leaves_frees_the_engine(fleet, api):
 def test_jobs_that_wait_for_a_worker_are_answered_once_one_comes(fleet, api):
     worker = fleet.start_worker()
     worker.signal(signal.SIGTERM)
-    until(lambda: worker.process.poll() is not None)
+    until(lambda: worker.lines("worker_stopped"))
     fleet.ledger.put_card("m", {"id": "m", "state": "ready"}, "gone", 60)
 
     with api.http() as http:
