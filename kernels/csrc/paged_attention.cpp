@@ -12,14 +12,19 @@
 #include <memory>
 #include <vector>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "numeric.h"
 #include "pool.h"
 
 namespace {
 
 constexpr int64_t piece = 512;
-constexpr int64_t max_ahead = 16;       // tokens that a prefetch runs before the read, at most
-constexpr int64_t ahead_bytes = 4096; // and about this far: inside the first-level cache
+constexpr int64_t ahead_bytes = 24576; // how far a prefetch runs before the read: into the second-level cache
+constexpr int64_t max_ahead = 64;      // and at most so many tokens
+constexpr int to_l2 = 2;
 constexpr int64_t tile_rows = 96;
 constexpr int64_t tile_keys = 128;
 constexpr float nothing = -3.0e38f; // a maximum over no keys; finite, so that differences of two stay defined
@@ -94,28 +99,43 @@ struct Partials {
     float *total(int64_t slot, int64_t head) const { return totals + slot * heads + head; }
 };
 
-// G query heads of each of `heads` kv heads. q [heads][G][width] in the order of load32, scores [heads][G][piece].
+// Lanes of two sums += q * k over 32 numbers.
+template <class T> inline void multiply32(v16 &first, v16 &second, const T *q, const T *k) {
+    const Pair x = load32(q), y = load32(k);
+    first += x.first * y.first;
+    second += x.second * y.second;
+}
+
+#if defined(__AVX512BF16__)
+inline void multiply32(v16 &first, v16 &, const bf16 *q, const bf16 *k) {
+    const auto x = (__m512bh)_mm512_loadu_si512(q), y = (__m512bh)_mm512_loadu_si512(k);
+    first = (v16)_mm512_dpbf16_ps((__m512)first, x, y);
+}
+#endif
+
+// scores [heads][G][piece] of G query heads (side by side at q + h * q_stride) of each of `heads` kv heads.
 template <int G, class T>
-void score_keys(float *scores, v16 *sums, const float *q, const T *cache, const int64_t *offsets, int64_t count,
-                int64_t heads, int64_t width, int64_t ahead) {
+void score_keys(float *scores, v16 *sums, const Problem<T> &p, const T *q, int64_t q_stride, const int64_t *offsets,
+                int64_t count, int64_t heads, int64_t ahead) {
+    const int64_t width = p.width;
     for (int64_t first = 0; first < count; first += 16) {
         const int64_t tokens = std::min<int64_t>(16, count - first);
         for (int64_t j = 0; j < tokens; ++j) {
-            const T *key = cache + offsets[first + j], *later = cache + offsets[first + j + ahead];
+            const int64_t next = first + j + ahead; // past the last key the values come
+            const T *key = p.k_cache + offsets[first + j];
+            const T *later = next < count ? p.k_cache + offsets[next] : p.v_cache + offsets[next - count];
             for (int64_t h = 0; h < heads; ++h, key += width, later += width) {
                 v16 first_sum[G] = {}, second_sum[G] = {};
                 for (int64_t d = 0; d < width; d += 32) {
-                    const Pair k = load32(key + d);
-                    __builtin_prefetch(later + d);
-                    for (int g = 0; g < G; ++g) {
-                        first_sum[g] += load16(q + (h * G + g) * width + d) * k.first;
-                        second_sum[g] += load16(q + (h * G + g) * width + d + 16) * k.second;
-                    }
+                    __builtin_prefetch(later + d, 0, to_l2);
+                    for (int g = 0; g < G; ++g)
+                        multiply32(first_sum[g], second_sum[g], q + h * q_stride + g * width + d, key + d);
                 }
                 for (int g = 0; g < G; ++g) sums[(h * G + g) * 16 + j] = first_sum[g] + second_sum[g];
             }
         }
-        for (int64_t i = 0; i < heads * G; ++i) store16(scores + i * piece + first, sums16(sums + i * 16));
+        for (int64_t i = 0; i < heads * G; ++i)
+            store16(scores + i * piece + first, sums16(sums + i * 16) * splat(p.scale));
     }
 }
 
@@ -132,7 +152,7 @@ void weigh_values(float *out, const float *weights, const T *cache, const int64_
     for (int64_t j = 0; j < tokens; ++j)
         for (int n = 0; n < N; ++n) {
             const Pair v = load32(cache + offsets[j] + 32 * n);
-            __builtin_prefetch(cache + offsets[j + ahead] + 32 * n);
+            __builtin_prefetch(cache + offsets[j + ahead] + 32 * n, 0, to_l2);
             for (int g = 0; g < G; ++g) {
                 const v16 weight = splat(weights[g * piece + j]);
                 first[g][n] += weight * v.first;
@@ -151,20 +171,12 @@ template <int G, class T>
 void attend_piece(const Problem<T> &p, const Task &task, const Partials &partials, const int64_t *offsets,
                   int64_t skip) {
     const int64_t count = task.end - task.begin, heads = task.num_heads, width = p.width;
-    float *q = scratch<for_task>(heads * G * (width + piece + 16 * 16));
-    float *scores = q + heads * G * width;
+    float *scores = scratch<for_task>(heads * G * (piece + 16 * 16));
     v16 *sums = reinterpret_cast<v16 *>(scores + heads * G * piece);
     const int64_t ahead = std::clamp<int64_t>(ahead_bytes / int64_t(heads * width * sizeof(T)), 1, max_ahead);
     auto query_head = [&](int64_t h) { return (task.kv_head + h) * p.group() + skip; };
-    for (int64_t h = 0; h < heads; ++h)
-        for (int g = 0; g < G; ++g) {
-            const T *query = p.q + p.query_start[task.row] * p.q_stride + (query_head(h) + g) * width;
-            for (int64_t d = 0; d < width; d += 32) {
-                const Pair x = load32(query + d);
-                store32(q + (h * G + g) * width + d, {x.first * splat(p.scale), x.second * splat(p.scale)});
-            }
-        }
-    score_keys<G>(scores, sums, q, p.k_cache, offsets, count, heads, width, ahead);
+    const T *q = p.q + p.query_start[task.row] * p.q_stride + query_head(0) * width;
+    score_keys<G>(scores, sums, p, q, p.group() * width, offsets, count, heads, ahead);
     for (int64_t h = 0; h < heads; ++h)
         for (int g = 0; g < G; ++g) {
             float *total = partials.total(task.slot, query_head(h) + g);
@@ -173,7 +185,7 @@ void attend_piece(const Problem<T> &p, const Task &task, const Partials &partial
             std::fill_n(partials.sum(task.slot, query_head(h) + g), width, 0.0f);
         }
     constexpr int N = G == 1 ? 4 : G == 2 ? 4 : G <= 4 ? 2 : 1; // 2 G N sums in registers
-    constexpr int64_t together = 8; // tokens
+    constexpr int64_t together = 8; // tokens: an answer is loaded and stored once for so many
     for (int64_t j = 0; j < count; j += together) {
         const int64_t tokens = std::min(together, count - j);
         for (int64_t h = 0; h < heads; ++h) {
