@@ -1,5 +1,6 @@
-"""A real worker with scripted engines: `python fake_worker.py SETTINGS [real]`, the settings as JSON; real = our engine."""
+"""A real worker in a child process, with scripted engines or our own; a fork server imports it once."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from inferfleet.workers.worker import run_worker
 
 SCRIPTED = (sys.executable, "-S", str(Path(__file__).with_name("fake_engine.py")))
 
-if __name__ == "__main__":
-    command = ENGINE_COMMAND if sys.argv[2:] == ["real"] else SCRIPTED
-    sys.exit(run_worker(Settings.model_validate_json(sys.argv[1]), engine_command=command))
+
+def main(settings: str, log_path: str, real: bool) -> None:
+    """Runs until a signal, its output in a file; `settings` are JSON."""
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # One thread an engine: these models are tiny, and two engines would fight over the cores.
+    os.environ["INFERFLEET_ENGINE_THREADS"] = "1"
+    sys.exit(run_worker(Settings.model_validate_json(settings), engine_command=ENGINE_COMMAND if real else SCRIPTED))

@@ -1,15 +1,14 @@
 """Real workers as child processes for the tests of the worker, with scripted engines unless told otherwise."""
 
+import contextlib
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 from fake_engine import answer
+from fake_worker import main
 
 from inferfleet.tasks.client import Client
 from inferfleet.tasks.contracts import body_hash, parse_job
@@ -19,7 +18,8 @@ from inferfleet.tasks.names import is_terminal_event, new_job_id
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers.flight import seed_of
 
-FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["fake_worker"])
 FAST = {"lease_seconds": 2, "heartbeat_seconds": 0.5, "sweep_seconds": 0.2, "drain_grace_seconds": 5, "run_slots": 0,
         "slots": 32, "namespace": "test"}  # fmt: skip
 
@@ -29,23 +29,32 @@ class WorkerProcess:
 
     def __init__(self, settings, log_path, real):
         self.settings, self.log_path = settings, log_path
-        with log_path.open("wb") as log:
-            command = [sys.executable, str(FAKE_WORKER), settings.model_dump_json(), *(["real"] if real else [])]
-            # One thread an engine: these models are tiny, and two engines would fight over the cores.
-            env = {**os.environ, "INFERFLEET_ENGINE_THREADS": "1"}
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+        log_path.touch()
+        self.process = FORK_SERVER.Process(target=main, args=(settings.model_dump_json(), str(log_path), real))
+        self.process.start()
 
     @property
     def pid(self):
         return self.process.pid
 
+    @property
+    def alive(self):
+        return self.process.is_alive()
+
     def engines(self):
         """The engine processes."""
-        children = psutil.Process(self.pid).children()
-        return [child for child in children if "--fd" in child.cmdline()]
+        return [child for child in self.children() if "--fd" in child.cmdline()]
+
+    def children(self):
+        return psutil.Process(self.pid).children()
 
     def signal(self, number):
         os.kill(self.pid, number)
+
+    def wait(self, seconds=30):
+        """Its exit status, once it ended by itself."""
+        self.process.join(seconds)
+        return self.process.exitcode
 
     def lines(self, event=None):
         lines = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
@@ -53,18 +62,17 @@ class WorkerProcess:
 
     def kill(self):
         """kill -9; the engines see the end of their wire."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        self.process.kill()
+        self.process.join()
 
-    def end(self):
-        if self.process.poll() is None:
-            self.signal(signal.SIGCONT)
-            self.signal(signal.SIGQUIT)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.kill()
+    def close(self):
+        """Nothing of it is left."""
+        left = self.children() if self.alive else []
+        self.kill()
+        self.process.close()
+        for child in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 class Fleet:
@@ -117,7 +125,7 @@ class Fleet:
 
     def close(self):
         for worker in self.workers:
-            worker.end()
+            worker.close()
         self.ledger.close()
         self.doorbell.close()
 

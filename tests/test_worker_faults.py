@@ -79,9 +79,9 @@ def test_a_hung_engine_loses_its_job_and_is_replaced(fleet, tmp_path):
 
 
 def test_a_batch_in_a_hung_engine_is_handed_back_and_only_the_culprit_collects_deaths(fleet):
-    fleet.start_worker(stall_seconds=3, max_deaths=2)
+    fleet.start_worker(stall_seconds=2.5, max_deaths=2)
 
-    innocent = [fleet.submit("tokens=150 step=0.02") for _ in range(3)]
+    innocent = [fleet.submit("tokens=80 step=0.02") for _ in range(3)]
     for job_id in innocent:
         fleet.wait_for_words(job_id)
     culprit = fleet.submit("tokens=60 hang=5")
@@ -91,7 +91,7 @@ def test_a_batch_in_a_hung_engine_is_handed_back_and_only_the_culprit_collects_d
     assert (record.state, record.error["code"], record.deaths) == ("failed", "worker_lost", 2)
     assert {(survivor.state, survivor.deaths) for survivor in survivors} == {("completed", 0)}
     for survivor in survivors:
-        assert_published_once(fleet.ledger, survivor, 150)
+        assert_published_once(fleet.ledger, survivor, 80)
 
 
 def test_a_stopped_worker_that_comes_back_writes_nothing_any_more(fleet):
@@ -168,7 +168,7 @@ def test_jobs_in_flight_survive_a_restart_of_redis(own_redis, tmp_path):
         assert {(record.state, record.deaths) for record in records} == {("completed", 0)}
         for record in records:
             assert_published_once(fleet.ledger, record, 250)
-        assert worker.process.poll() is None
+        assert worker.alive
         # The broker's side lives too: a turn is heard, not only swept.
         assert fleet.wait(fleet.submit("tokens=2")).state == "completed"
     finally:

@@ -211,7 +211,7 @@ def test_sigterm_finishes_what_runs_and_leaves_the_rest(fleet):
         fleet.wait_for_words(running)
 
     worker.signal(signal.SIGTERM)
-    assert worker.process.wait(20) == 0
+    assert worker.wait() == 0
 
     records = [fleet.ledger.get(job_id) for job_id in jobs]
     assert sorted(record.state for record in records) == ["completed", "completed", "queued", "queued"]
@@ -225,7 +225,7 @@ def test_what_outlives_the_grace_is_handed_back_and_goes_on_where_it_was(fleet):
     fleet.wait_for_words(job_id, 3)
 
     worker.signal(signal.SIGTERM)
-    assert worker.process.wait(20) == 0
+    assert worker.wait() == 0
     handed_back = fleet.ledger.get(job_id)
     fleet.start_worker()
     record = fleet.wait(job_id)
@@ -244,7 +244,7 @@ def test_a_second_sigterm_hands_back_at_once(fleet):
     until(lambda: worker.lines("draining"))
     worker.signal(signal.SIGTERM)
 
-    assert worker.process.wait(20) == 0
+    assert worker.wait() == 0
     assert (fleet.state(job_id), fleet.ledger.get(job_id).deaths) == ("queued", 0)
 
 
@@ -294,7 +294,7 @@ def test_remote_control_s_shutdown_drains(fleet):
 
     with Celery(broker=fleet.redis_url, set_as_current=False) as app:
         app.control.shutdown()
-    assert worker.process.wait(30) == 0
+    assert worker.wait() == 0
 
     assert fleet.state(job_id) == "completed"
     assert worker.lines("draining")

@@ -1,7 +1,9 @@
 """Starts a worker from a program: checks Redis, puts the parts together, gives Celery the main thread, cleans up."""
 
 import logging
+import queue
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,11 +59,13 @@ class CeleryWorker(Worker):
         super().on_start()
         # Nothing is consumed until the intake says so; an empty choice would mean every queue.
         queues = self.app.amqp.queues
-        for queue in list(queues):
-            queues.deselect(queue)
+        for name in list(queues):
+            queues.deselect(name)
 
     def install_platform_tweaks(self, worker: Worker) -> None:
         """Our signal handlers, in the place of Celery's."""
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._obey, name="signals", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, self._on_signal)
 
@@ -71,13 +75,22 @@ class CeleryWorker(Worker):
         super().stop(in_sighandler, exitcode)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        log.info("signal", name=signal.Signals(number).name, again=state.should_stop is not None)
-        if state.should_stop is None and number != signal.SIGQUIT:
-            self._drain()
-        else:
-            self._hurry()
+        # No lock may be taken here: the thread that was interrupted may hold it, in this very handler even.
+        self._signals.put(number)
         state.should_stop = EX_OK
         self.app.intake.wake()
+
+    def _obey(self) -> None:
+        """In a thread of its own: what signals ask for."""
+        draining = False
+        while True:
+            number = self._signals.get()
+            log.info("signal", name=signal.Signals(number).name, again=draining)
+            if draining or number == signal.SIGQUIT:
+                self._hurry()
+            else:
+                self._drain()
+            draining = True
 
 
 def _logging_is_set_up(**_: Any) -> None:
