@@ -22,7 +22,7 @@ _TICK_SECONDS = 0.5
 
 
 class Heart:
-    """One thread a worker. `on_lost` is told the model of each lease that was lost."""
+    """One thread a worker."""
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class Heart:
         heartbeat_seconds: float,
         lease_seconds: float,
         stall_seconds: float,
-        on_lost: Callable[[str], None],
     ) -> None:
         self._ledger = ledger
         self._worker = worker
@@ -43,7 +42,6 @@ class Heart:
         self._stall_seconds = stall_seconds
         # The last beat was at most a heartbeat before the last step: no lease lapses before this.
         self._doubt_seconds = max(lease_seconds - heartbeat_seconds - 2 * _TICK_SECONDS, lease_seconds / 4)
-        self._on_lost = on_lost
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
@@ -102,6 +100,5 @@ class Heart:
     def _heed(self, resident: Resident, flight: Flight, word: str) -> None:
         if word == "cancel":
             resident.cancel(flight)
-        elif resident.let_go(flight, Ending.STALE):
-            self._on_lost(resident.model)
-            log.warning("lease_lost", job_id=flight.job_id, fence=flight.fence)
+        else:
+            resident.let_go(flight, Ending.STALE)

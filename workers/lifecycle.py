@@ -72,7 +72,6 @@ class Lifecycle:
             heartbeat_seconds=settings.heartbeat_seconds,
             lease_seconds=settings.lease_seconds,
             stall_seconds=settings.stall_seconds,
-            on_lost=self._meter.lease_lost,
         )
         self._janitor = Janitor(
             ledger,

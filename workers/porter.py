@@ -99,7 +99,7 @@ class Porter:
 
     def _conclude(self, claim: Claim, flight: Flight, late: errors.JobFailed | None) -> str:
         if flight.ending is Ending.STALE:
-            return "stale"
+            return self._lost(flight.model)
         if flight.ending is Ending.CRASHED:
             return self._after_crash(flight)
         if late is not None:
@@ -129,7 +129,13 @@ class Porter:
             self.giving_up,
         )
         log.info("job_ended", state=state, answer=answer, code=None if error is None else error["code"], **measured)
-        return state if answer != "stale" else "stale"
+        return state if answer != "stale" or flight is None else self._lost(flight.model)
+
+    def _lost(self, model: str) -> str:
+        """The job belongs to somebody else by now, or is over; what this run still had to say counts for nothing."""
+        self._meter.lease_lost(model)
+        log.warning("lease_lost")
+        return "stale"
 
     def _after_crash(self, flight: Flight) -> str:
         """Alone in the engine it is the culprit and a death is counted; in company each is tried alone first."""
@@ -140,6 +146,8 @@ class Porter:
             self.giving_up,
         )
         log.warning("job_lost", how=how)
+        if how == "stale":
+            return self._lost(flight.model)
         if how == "requeued":
             self._doorbell.ring(flight.model)
         return how
@@ -149,8 +157,9 @@ class Porter:
             lambda: self._ledger.release(flight.job_id, flight.fence, suspect=suspect), self.giving_up
         )
         log.info("job_handed_back", answer=answer, suspect=suspect)
-        if answer == "released":
-            self._doorbell.ring(flight.model)
+        if answer == "stale":
+            return self._lost(flight.model)
+        self._doorbell.ring(flight.model)
         return answer
 
 
