@@ -72,6 +72,11 @@ def bind(signatures: Mapping[str, Sequence[Any]]) -> Functions | None:
     return functions
 
 
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for a result like x, contiguous whatever x is; the cheapest such call of torch."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None when they cannot be had; `status()` then says why."""

@@ -48,6 +48,6 @@ def _native() -> build.Functions | None:
 
 
 def _takes(gate_up: Tensor) -> bool:
-    if gate_up.device.type != "cpu" or gate_up.dtype not in build.SUFFIXES:
+    if not gate_up.is_cpu or gate_up.dtype not in build.SUFFIXES:
         return False
     return gate_up.dim() == 2 and gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0

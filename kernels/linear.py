@@ -48,14 +48,16 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self.layout == "plain":
             return F.linear(x, self.weight, self.bias).to(self.out_dtype)
-        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+        if x.dtype is not self.dtype or x.shape[-1] != self.in_features:
             wanted = f"[..., {self.in_features}] of {self.dtype}"
             raise ValueError(f"this linear takes {wanted}, not {list(x.shape)} of {x.dtype}")
         return self._panels(x) if self.layout == "panels" else self._onednn(x).to(self.out_dtype)
 
     def _panels(self, x: Tensor) -> Tensor:
-        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, self.in_features).contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=self.out_dtype)
+        if x.dim() != 2:
+            return self._panels(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        out = torch.empty(len(x), self.out_features, dtype=self.out_dtype)
         native = panels()
         assert native is not None, "the weight lies in panels, so there was a library"
         native["linear_to_float" if self.out_dtype is torch.float32 else "linear", self.dtype](

@@ -126,7 +126,7 @@ def paged_attention(
     if native is None:
         return reference(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale=scale, window=window)
     tables, starts, lengths = _int32(block_tables), _int32(query_start), _int32(seq_lens)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = build.empty_like(q)
     native["paged_attention", q.dtype](
         out.data_ptr(),
         q.data_ptr(),
@@ -159,12 +159,14 @@ def _native() -> build.Functions | None:
 
 def _takes(x: Tensor, cache: Tensor, other: Tensor) -> bool:
     """Whether the C++ path can read x [T, heads, D], heads side by side, against these caches."""
-    if x.device.type != "cpu" or x.dtype not in build.SUFFIXES or cache.dtype != x.dtype or other.dtype != x.dtype:
+    dtype, width = x.dtype, x.shape[2]
+    if not x.is_cpu or dtype not in build.SUFFIXES or cache.dtype is not dtype or other.dtype is not dtype:
         return False
-    if x.stride(2) != 1 or (x.stride(1) != x.shape[2] and x.shape[1] > 1) or x.shape[2] != cache.shape[3]:
+    if x.stride(2) != 1 or (x.stride(1) != width and x.shape[1] > 1) or width != cache.shape[3]:
         return False
     return cache.is_contiguous() and other.is_contiguous() and cache.shape == other.shape
 
 
 def _int32(numbers: Tensor) -> Tensor:
-    return numbers.to(torch.int32).contiguous()
+    fits = numbers.dtype is torch.int32 and numbers.is_contiguous()
+    return numbers if fits else numbers.to(torch.int32).contiguous()

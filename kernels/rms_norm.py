@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, style: Style = "ll
     if native is None:
         return reference(x, weight, eps, style=style)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1])
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = build.empty_like(x)
     _call(native, out, None, rows, None, weight, eps, style)
     return out
 
@@ -63,10 +63,10 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, style: Style = "llama"
 ) -> tuple[Tensor, Tensor]:
     """x and residual [T, H] -> (normalised sum, sum): the pair every pre-norm block needs, read once."""
-    native = _native() if _takes(x, weight) and _takes(residual, weight) and x.dtype == residual.dtype else None
-    if native is None or x.dim() != 2 or x.shape != residual.shape:
+    native = _native() if _takes(x, weight) and x.dim() == 2 and _fits(residual, x) else None
+    if native is None:
         return add_reference(x, residual, weight, eps, style=style)
-    out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+    out, total = build.empty_like(x), build.empty_like(x)
     _call(native, out, total, x, residual, weight, eps, style)
     return out, total
 
@@ -78,9 +78,13 @@ def _native() -> build.Functions | None:
 
 
 def _takes(x: Tensor, weight: Tensor | None) -> bool:
-    if x.device.type != "cpu" or x.dtype not in build.SUFFIXES or x.dim() < 1 or x.stride(-1) != 1:
+    if not x.is_cpu or x.dtype not in build.SUFFIXES or x.stride(-1) != 1:
         return False
-    return weight is None or (weight.dtype == x.dtype and weight.is_contiguous() and weight.shape == x.shape[-1:])
+    return weight is None or (weight.dtype is x.dtype and weight.is_contiguous() and len(weight) == x.shape[-1])
+
+
+def _fits(residual: Tensor, x: Tensor) -> bool:
+    return residual.dtype is x.dtype and residual.is_cpu and residual.shape == x.shape and residual.stride(1) == 1
 
 
 def _call(

@@ -62,15 +62,16 @@ def _native() -> build.Functions | None:
 
 
 def _takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype not in build.SUFFIXES or x.dim() != 3 or x.stride(2) != 1:
+    if not x.is_cpu or x.dtype not in build.SUFFIXES or x.dim() != 3 or x.stride(2) != 1:
         return False
-    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.stride() != sin.stride():
+    if cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
         return False
-    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[0] or cos.stride(1) != 1:
+    if not cos.is_contiguous() or not sin.is_contiguous() or cos.shape != sin.shape or len(cos) != len(x):
         return False
-    if weight is not None and (weight.dtype != x.dtype or not weight.is_contiguous()):
+    if weight is not None and (weight.dtype is not x.dtype or not weight.is_contiguous()):
         return False
-    return cos.shape[1] % 2 == 0 and cos.shape[1] <= x.shape[2] <= MAX_WIDTH
+    turned = cos.shape[1]
+    return turned % 2 == 0 and turned <= x.shape[2] <= MAX_WIDTH
 
 
 def _call(
@@ -84,7 +85,7 @@ def _call(
     *,
     normed: int,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = build.empty_like(x)
     native["rotary", x.dtype](
         out.data_ptr(),
         x.data_ptr(),
