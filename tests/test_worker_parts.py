@@ -16,7 +16,7 @@ from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.app import make_app
 from inferfleet.workers.checks import Standing, check_redis, complaints_about
-from inferfleet.workers.child import EngineChild, EngineGone, pinned
+from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, pinned
 from inferfleet.workers.flight import Ending, Flight, seed_of
 from inferfleet.workers.gate import Gate
 from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
@@ -180,6 +180,17 @@ def test_a_child_is_pinned_to_its_device(device, visible, pinned_to, inner):
     env, name = pinned(device, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
 
     assert (env.get("CUDA_VISIBLE_DEVICES"), name) == (pinned_to, inner)
+
+
+@pytest.mark.parametrize("visible", ["4,6", ""])
+def test_a_device_that_is_hidden_is_refused_by_name(visible):
+    with pytest.raises(LoadRefused, match="no cuda:2"):
+        pinned("cuda:2", {"CUDA_VISIBLE_DEVICES": visible})
+
+
+def test_an_engine_that_cannot_be_started_is_refused():
+    with pytest.raises(LoadRefused, match="cannot be started"):
+        EngineChild.start(("/nowhere/python",), "cpu")
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

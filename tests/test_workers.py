@@ -192,7 +192,19 @@ def test_a_model_that_refuses_to_load_fails_its_jobs_with_a_typed_error(fleet):
     assert "the scripted model refuses" in record.error["message"]
     card = fleet.ledger.cards()["broken"]
     assert card["state"] == "failed" and card["error"] == record.error
+    # No turn is left behind, however many come.
+    until(lambda: fleet.ledger.redis.llen("test.turn.broken") == 0)
     assert fleet.wait(fleet.submit("tokens=1")).state == "completed"
+
+
+def test_a_model_that_one_worker_cannot_load_is_left_to_one_that_can(fleet):
+    fleet.start_worker(models={"m": "load=1"}, wait=False)
+    unlucky = fleet.start_worker(models={"m": "refuse"}, wait=False)
+    until(lambda: unlucky.lines("model_failed"))
+
+    jobs = [fleet.submit("tokens=2") for _ in range(10)]
+
+    assert {fleet.wait(job_id).state for job_id in jobs} == {"completed"}
 
 
 def test_an_engine_that_dies_while_loading_is_given_up_after_three_times(fleet):

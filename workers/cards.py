@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from inferfleet.tasks import roster
+from inferfleet.tasks.calls import Call
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers.resident import Resident, State
 
@@ -50,9 +51,11 @@ class Cards:
         self._ledger.put_card(resident.model, card_of(resident, self._worker), self._worker, ttl)
 
     def served_elsewhere(self, model: str) -> bool:
-        """Whether another worker has this model ready."""
-        answer = self._ledger.run(roster.cards()).get(model, {})
-        return answer.get("state") == "ready" and answer.get("worker") != self._worker
+        """Whether another worker has this model, or may soon have it."""
+        cards = self._ledger.run(Call("present", ("model",), roster.bodies))
+        mine = f"{model}\n{self._worker}"
+        others = (card for name, card in cards.items() if name.partition("\n")[0] == model and name != mine)
+        return any(card.get("state") not in ("failed", "stopped") for card in others)
 
     def leave(self, residents: Iterable[Resident]) -> None:
         """Take everything back."""

@@ -50,19 +50,25 @@ class EngineChild:
 
     @classmethod
     def start(cls, command: Sequence[str], device: str) -> tuple["EngineChild", str]:
-        """Start `command --fd N`, pinned to `device`; returns the child and the device's name inside it."""
-        ours, theirs = socket.socketpair()
+        """Start `command --fd N`, pinned to `device`; returns the child and the device's name inside it.
+
+        Raises LoadRefused when there is no such device, or the command cannot be started.
+        """
         env, inner_device = pinned(device, os.environ)
-        with theirs:
-            process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=env,
-                # Own group: Ctrl-C at a terminal reaches the worker, which drains; the engine must outlive it.
-                process_group=0,
-            )
-        return cls(process, Connection(ours.detach())), inner_device
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            try:
+                process = subprocess.Popen(
+                    [*command, "--fd", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=env,
+                    # Own group: Ctrl-C at a terminal reaches the worker, which drains; the engine must outlive it.
+                    process_group=0,
+                )
+            except OSError as error:
+                raise LoadRefused("engine_error", f"the engine process cannot be started: {error}") from error
+            return cls(process, Connection(ours.detach())), inner_device
 
     @property
     def pid(self) -> int:
@@ -138,10 +144,16 @@ class EngineChild:
 
 
 def pinned(device: str, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """The child's environment and its name for `device`: a child told "cuda:1" sees one device, its cuda:0."""
+    """The child's environment and its name for `device`: a child told "cuda:1" sees one device, its cuda:0.
+
+    Raises LoadRefused when CUDA_VISIBLE_DEVICES hides that device.
+    """
     kind, _, index = device.partition(":")
     if kind != "cuda" or not index:
         return dict(env), device
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    chosen = visible.split(",")[int(index)] if visible else index
-    return {**env, "CUDA_VISIBLE_DEVICES": chosen}, "cuda:0"
+    devices = [index] if visible is None else visible.split(",")
+    place = 0 if visible is None else int(index)
+    if place >= len(devices) or not devices[place]:
+        raise LoadRefused("engine_error", f"there is no {device} among CUDA_VISIBLE_DEVICES={visible}")
+    return {**env, "CUDA_VISIBLE_DEVICES": devices[place]}, "cuda:0"

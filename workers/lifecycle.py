@@ -162,8 +162,8 @@ class Lifecycle:
     def _upkeep(self) -> None:
         """After every round of the janitor; cards and figures at every heartbeat."""
         for resident in self._host.residents():
-            if resident.state is State.FAILED and not self._cards.served_elsewhere(resident.model):
-                self._porter.refuse_waiting(resident)
+            if resident.state is State.FAILED:
+                self._stand_in(resident)
         if self._runs is not None and not self._porter.closing.is_set():
             self._runs.revive()
         if time.monotonic() >= self._next_upkeep:
@@ -171,6 +171,15 @@ class Lifecycle:
             state = "draining" if self._porter.closing.is_set() else "serving"
             self._cards.publish(self._host.residents(), state=state)
             self._snapshots.publish()
+
+    def _stand_in(self, resident: Resident) -> None:
+        """For a model that failed here: its jobs are another worker's, or if there is none they fail here."""
+        queue = names.turn_queue(resident.model, self._settings.namespace)
+        if self._cards.served_elsewhere(resident.model):
+            self._app.intake.close(queue)
+        else:
+            self._app.intake.open(queue)
+            self._porter.refuse_waiting(resident)
 
 
 def worker_name() -> str:

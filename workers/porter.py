@@ -54,6 +54,8 @@ class Porter:
             # The message is gone from the queue; another worker should hear it.
             self._doorbell.ring(model)
             return "passed on"
+        if resident.state is State.FAILED:
+            return self.refuse_waiting(resident)
         if not self._ready(resident):
             return "not ready"
         claim = self._claim(model)
@@ -62,11 +64,12 @@ class Porter:
         with logs.bound(job_id=claim.job_id, model=model):
             return self._carry(resident, claim)
 
-    def refuse_waiting(self, resident: Resident) -> None:
+    def refuse_waiting(self, resident: Resident) -> str:
         """Fail the jobs of a model that cannot be loaded, so that nobody waits for it for ever."""
         while (claim := self._claim(resident.model)) is not None:
             with logs.bound(job_id=claim.job_id, model=resident.model):
                 self._complete(claim, "failed", error=resident.failure)
+        return "refused"
 
     def _ready(self, resident: Resident) -> bool:
         if resident.state is State.IDLE:

@@ -125,6 +125,9 @@ class Resident:
         Nothing new is taken until the engine moves again.
         """
         with self._lock:
+            if not self._in_doubt:
+                hint = "if steps are that slow here, raise lease_seconds or lower max_num_batched_tokens"
+                log.warning("engine_stands_still", model=self.model, seconds=round(self.still_for(), 1), hint=hint)
             self._in_doubt = True
             aboard = [flight for flight in self._aboard.values() if flight.ending is None]
             before_gate = [flight for flight in self._flights if flight.engine_id not in self._aboard]
