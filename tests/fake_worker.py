@@ -16,6 +16,4 @@ def main(settings: str, log_path: str, real: bool) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    # One thread an engine: these models are tiny, and two engines would fight over the cores.
-    os.environ["INFERFLEET_ENGINE_THREADS"] = "1"
     sys.exit(run_worker(Settings.model_validate_json(settings), engine_command=ENGINE_COMMAND if real else SCRIPTED))

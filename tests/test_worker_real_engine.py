@@ -12,7 +12,7 @@ from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(__file__).parents[1] / "ops" / "demo_model"
-SMALL = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "kv_cache_tokens": 4096}
+SMALL = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "kv_cache_tokens": 4096, "threads": 1}
 #: A step may take long on a busy machine, and no lease shall lapse meanwhile.
 CALM = {"lease_seconds": 60, "heartbeat_seconds": 1, "stall_seconds": 600}
 
@@ -77,7 +77,7 @@ def test_a_sampled_answer_is_the_same_after_its_engine_was_killed_in_the_middle(
 
 
 def test_the_shipped_model_adds_up(fleet):
-    fleet.start_worker(models={"demo": {"path": str(DEMO_MODEL)}}, real=True, **CALM)
+    fleet.start_worker(models={"demo": {"path": str(DEMO_MODEL), "threads": 1}}, real=True, **CALM)
 
     sums = [(12, 30), (7, 8), (45, 54), (60, 21)]
     jobs = [fleet.submit(f"What is {a} + {b}?", model="demo", body={"temperature": 0.0}) for a, b in sums]
@@ -85,3 +85,25 @@ def test_the_shipped_model_adds_up(fleet):
 
     assert [str(a + b) in answers_of(record)[0] for (a, b), record in zip(sums, records, strict=True)] == [True] * 4
     assert {json.loads(record.response)["choices"][0]["finish_reason"] for record in records} == {"stop"}
+
+
+@pytest.mark.slow
+def test_a_hundred_sampled_answers_are_the_same_although_a_worker_and_an_engine_were_killed(fleet):
+    models = {"demo": {"path": str(DEMO_MODEL), "threads": 1}}
+    patient = {"lease_seconds": 6, "heartbeat_seconds": 1, "stall_seconds": 600}
+    victim, steady = [fleet.start_worker(models=models, real=True, **patient) for _ in range(2)]
+    sampled = {"temperature": 1.0, "max_tokens": 120, "ignore_eos": True}
+
+    jobs = [fleet.submit(f"Spell the word number {n}", model="demo", body={"seed": n, **sampled}) for n in range(100)]
+    fleet.wait_for_words(jobs[60])
+    victim.kill()
+    steady.engines()[0].kill()
+    records = [fleet.wait(job_id, seconds=240) for job_id in jobs]
+
+    offline = LLM(str(DEMO_MODEL), threads=1)
+    params = [SamplingParams(seed=n, **sampled) for n in range(100)]
+    chats = [messages(f"Spell the word number {n}") for n in range(100)]
+    assert [answers_of(record)[0] for record in records] == [
+        output.outputs[0].text for output in offline.chat(chats, params)
+    ]
+    assert sum(record.attempts > 1 for record in records) > 10
