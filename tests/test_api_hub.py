@@ -14,6 +14,7 @@ from inferfleet.tasks.errors import JobNotFound, LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.workers.api import hub as hub_module
 from inferfleet.workers.api.hub import Hub
+from inferfleet.workers.api.sse import cancel_and_wait
 
 Scenario = Callable[[AsyncLedger, Hub], Awaitable[Any]]
 
@@ -28,8 +29,7 @@ async def hub_on(url: str, *, reading: bool = True) -> AsyncIterator[tuple[Async
         yield ledger, hub
     finally:
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await cancel_and_wait(task)
         await reader.aclose()
         await ledger.close()
 
@@ -203,9 +203,7 @@ def test_nothing_is_kept_of_those_who_left(play):
         pending = asyncio.create_task(anext(follower))
         waiting = asyncio.create_task(hub.until_ended(job_id, "t"))
         await asyncio.sleep(0.05)
-        for task in (pending, waiting):
-            task.cancel()
-        await asyncio.gather(pending, waiting, return_exceptions=True)
+        await cancel_and_wait(pending, waiting)
         await follower.aclose()
         return len(hub._streams), len(hub._waiting)
 

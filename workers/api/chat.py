@@ -27,7 +27,6 @@ from inferfleet.workers.api.waiting import (
     answer_of,
     cancel_for_nobody,
     unless_gone,
-    wait_for_end,
 )
 
 router = APIRouter(tags=["OpenAI"])
@@ -52,7 +51,7 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
             return _job_or_answer(use, submitted, record, prefer.wait_seconds)
         if chat.stream:
             return await _answer_stream(request, use, submitted, tenant, chat)
-        record = await unless_gone(request, wait_for_end(use, submitted.job_id, tenant, None))
+        record = await unless_gone(request, use.hub.until_ended(submitted.job_id, tenant))
         return Response(answer_of(record), headers=replay_headers(submitted), media_type="application/json")
     except ClientGone:
         await _leave(request, use, submitted.job_id, tenant)
@@ -62,7 +61,7 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
 async def _at_most(request: Request, use: Services, job_id: str, tenant: str, seconds: float) -> JobRecord:
     if seconds == 0:  # whoever asks for a job and not for its answer may leave at once
         return await use.ledger.get(job_id, tenant)
-    return await unless_gone(request, wait_for_end(use, job_id, tenant, seconds))
+    return await unless_gone(request, use.hub.until_ended(job_id, tenant, seconds))
 
 
 def _job_or_answer(use: Services, submitted: Submitted, record: JobRecord, seconds: float) -> Response:

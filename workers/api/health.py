@@ -24,7 +24,7 @@ async def health() -> Response:
 async def ready(use: Use) -> Response:
     """200 while jobs can be accepted, 503 while the ledger (Redis) is away. Lists the models that are ready."""
     cards = await use.door.cards()
-    if use.drain.begun.is_set():
+    if use.hub.draining.is_set():
         raise Unavailable("this API is shutting down", retry_after=1)
     if use.hub.outage_seconds > 0:
         raise LedgerUnavailable("the ledger (Redis) does not deliver events", retry_after=1)

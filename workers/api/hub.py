@@ -7,7 +7,6 @@ itself when it starts, when numbers are missing and at every tick of silence.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,11 +17,11 @@ from uuid import uuid4
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from inferfleet.tasks import calls, names
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Event, JobRecord
 from inferfleet.workers import logs
+from inferfleet.workers.api.place import Entry, Place
 
 log = logs.get("api")
 
@@ -40,9 +39,6 @@ RETRY_SECONDS = 0.2
 PAUSE_PER_STREAM, LONGEST_PAUSE = 0.00005, 0.01
 
 T = TypeVar("T")
-
-#: (number of the event, its JSON without the number)
-Entry = tuple[int, bytes]
 
 
 @dataclass(eq=False)
@@ -93,6 +89,7 @@ class Hub:
         self._woken = False
         self._pokes: set[asyncio.Task[None]] = set()
         self._failing_since: float | None = None
+        self.draining = asyncio.Event()
 
     @property
     def outage_seconds(self) -> float:
@@ -115,14 +112,19 @@ class Hub:
         """Whether somebody in this process still waits for the job."""
         return job_id in self._streams or job_id in self._waiting
 
-    async def until_ended(self, job_id: str, tenant: str | None) -> JobRecord:
-        """The job once it has ended. Raises JobNotFound, and LedgerUnavailable as `follow` does."""
+    async def until_ended(self, job_id: str, tenant: str | None, seconds: float | None = None) -> JobRecord:
+        """The job once it has ended, or as it is after `seconds` or when a shutdown begins; None = however long.
+
+        Raises JobNotFound, and LedgerUnavailable as `follow` does.
+        """
+        give_up = None if seconds is None else time.monotonic() + seconds
         ended = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(ended)
         try:
             record = await self._ledger.get(job_id, tenant)
-            while not record.terminal:
-                await _set_within(ended, TICK_SECONDS)
+            # Not asyncio.timeout around it all: redis-py can swallow the cancellation that this would rest on.
+            while not record.terminal and (left := self._patience(give_up)) > 0:
+                await _set_within(ended, left)
                 ended.clear()
                 record = await self._patiently(self._ledger.get(job_id, tenant)) or record
             return record
@@ -130,6 +132,19 @@ class Hub:
             self._waiting[job_id].discard(ended)
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
+
+    def _patience(self, give_up: float | None) -> float:
+        """Seconds to wait for the next look."""
+        if give_up is None:
+            return TICK_SECONDS
+        return 0.0 if self.draining.is_set() else min(TICK_SECONDS, give_up - time.monotonic())
+
+    def drain(self) -> None:
+        """A shutdown has begun: waits with a limit end now, their clients can take them up again elsewhere."""
+        self.draining.set()
+        for waiters in self._waiting.values():
+            for ended in waiters:
+                ended.set()
 
     @contextmanager
     def watch(self, job_id: str, after: int) -> Iterator[Watch]:
@@ -153,7 +168,7 @@ class Hub:
         Raises JobNotFound, and LedgerUnavailable at once if the first read fails, later only when Redis stays away
         for OUTAGE_SECONDS.
         """
-        place = _Place(self._ledger, job_id, tenant, after)
+        place = Place(self._ledger, job_id, tenant, after)
         yield await place.read_log()
         with self.watch(job_id, place.after) as watch:
             behind = watch.joined_late
@@ -231,40 +246,6 @@ class Hub:
             stream.last = entries[-1][0]
             for watch in stream.watches:
                 watch.push(entries)
-
-
-class _Place:
-    """How far one reader has come in one log."""
-
-    def __init__(self, ledger: AsyncLedger, job_id: str, tenant: str | None, after: int) -> None:
-        self._ledger = ledger
-        self._job_id = job_id
-        self._tenant = tenant
-        self.after = after
-        self.ended = False
-        self.missing = False
-        self.more = False
-
-    async def read_log(self) -> list[Event]:
-        """One page of the log itself; `more` says that another may follow."""
-        state, events = await self._ledger.run(calls.log(self._job_id, self._tenant, after=self.after))
-        self.more, self.missing = len(events) == calls.EVENTS_PER_READ, False
-        if events:
-            self.after = events[-1]["sequence_number"]
-        # A job that was retried has an earlier end in its numbers: the state decides, and only on the last page.
-        self.ended = state in names.TERMINAL and not self.more
-        return events
-
-    def accept(self, entries: list[Entry]) -> list[Event]:
-        """The new ones among entries that the hub brought; `missing` = there is a hole before them, read the log."""
-        fresh = [entry for entry in entries if entry[0] > self.after]
-        self.missing = bool(fresh) and fresh[0][0] != self.after + 1
-        if self.missing or not fresh:
-            return []
-        self.after = fresh[-1][0]
-        events = [{"sequence_number": number, **json.loads(body)} for number, body in fresh]
-        self.ended = names.is_terminal_event(events[-1]["type"])
-        return events
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

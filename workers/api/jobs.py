@@ -28,7 +28,6 @@ from inferfleet.workers.api.waiting import (
     job_response,
     shown,
     unless_gone,
-    wait_for_end,
 )
 
 JOB_ID = re.compile(r"job_[0-9a-f]{32}")
@@ -62,7 +61,7 @@ async def create_job(request: Request, tenant: Tenant, use: Use) -> Response:
     wait = read_prefer(request.headers).wait_seconds or 0
     submitted = await accept(use, request.headers, job, tenant)
     try:
-        record = await unless_gone(request, wait_for_end(use, submitted.job_id, tenant, wait))
+        record = await unless_gone(request, use.hub.until_ended(submitted.job_id, tenant, wait))
     except ClientGone:  # a job that was asked for by name of job outlives its connection
         return Response(status_code=CLIENT_LEFT)
     headers = replay_headers(submitted)
@@ -111,7 +110,7 @@ async def get_job(
 ) -> Response:
     """One job with its answer or error; `wait` holds the request until the job ends or the time is over."""
     try:
-        return job_response(use, await unless_gone(request, wait_for_end(use, job_id, tenant, wait)))
+        return job_response(use, await unless_gone(request, use.hub.until_ended(job_id, tenant, wait)))
     except ClientGone:
         return Response(status_code=CLIENT_LEFT)
 
@@ -134,7 +133,7 @@ async def job_events(
             return Response(status_code=204)  # tells an EventSource that there is nothing to reconnect for
         if not await use.ledger.events(job_id, tenant, after=after - 1, count=1):
             raise InvalidRequest(f"the job has no event {after} yet", param="starting_after")
-    return EventStream(_event_frames(first, events), stop=use.drain.begun)
+    return EventStream(_event_frames(first, events), stop=use.hub.draining)
 
 
 @router.post("/{job_id}/cancel", status_code=202, openapi_extra=openapi.CANCEL_JOB)

@@ -22,7 +22,6 @@ from inferfleet.workers.api import chat, health, jobs, models
 from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
-from inferfleet.workers.api.drain import Drain
 from inferfleet.workers.api.hub import BLOCK_MS, Hub
 from inferfleet.workers.api.middleware import RequestScope
 from inferfleet.workers.api.openapi import components
@@ -54,7 +53,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         hub, ringer = Hub(ledger, reader), Ringer(ring)
         door = Door(settings, ledger, ringer)
         keys_required = not is_loopback(settings.api_host)
-        app.state.services = Services(settings, ledger, hub, door, metrics, Drain(), keys_required)
+        app.state.services = Services(settings, ledger, hub, door, metrics, keys_required)
         reading = asyncio.create_task(hub.run())
         try:
             yield
@@ -111,7 +110,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         services: Services = self._app.state.services
-        services.drain.begin()
+        services.hub.drain()
         await super().shutdown(sockets)
 
 

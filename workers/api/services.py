@@ -8,7 +8,6 @@ from fastapi import Depends, Request
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers.api.door import Door
-from inferfleet.workers.api.drain import Drain
 from inferfleet.workers.api.hub import Hub
 from inferfleet.workers.api.telemetry import HttpMetrics
 
@@ -20,7 +19,6 @@ class Services:
     hub: Hub
     door: Door
     metrics: HttpMetrics
-    drain: Drain
     #: False only where nobody but this machine can connect.
     keys_required: bool
 

@@ -8,8 +8,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+CANCEL_AGAIN_SECONDS = 0.1
 #: A silent connection is cut by many proxies after 30 to 60 s; a comment line keeps it and is ignored by every client.
-KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -82,7 +82,13 @@ class EventStream(Response):
 
 
 async def cancel_and_wait(*tasks: "asyncio.Future[Any]") -> None:
-    """Ends tasks and waits until they have run their own clean-up."""
-    for task in tasks:
-        task.cancel()
+    """Ends tasks and waits until they have run their own clean-up.
+
+    Asks again: redis-py sends through asyncio.wait_for, which can swallow a cancellation (seen on Python 3.11).
+    """
+    running = {task for task in tasks if not task.done()}
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import nullcontext
 from typing import TypeVar
 
 from fastapi import Request
@@ -38,18 +37,6 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         return worker.result()
     finally:
         await cancel_and_wait(worker, watcher)
-
-
-async def wait_for_end(use: Services, job_id: str, tenant: str, seconds: float | None) -> JobRecord:
-    """The job once it has ended, or as it is after `seconds` or at a shutdown; None = however long it takes."""
-    if seconds == 0:
-        return await use.ledger.get(job_id, tenant)
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            with use.drain.shortens(limit) if seconds else nullcontext():
-                return await use.hub.until_ended(job_id, tenant)
-    except TimeoutError:
-        return await use.ledger.get(job_id, tenant)
 
 
 async def cancel_for_nobody(use: Services, job_id: str, tenant: str) -> None:
