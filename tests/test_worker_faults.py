@@ -153,6 +153,21 @@ def test_lost_replies_on_every_path_publish_nothing_twice(fleet, proxy):
     assert proxy.lost > 2
 
 
+def test_connections_cut_over_and_over_end_no_worker_and_no_job(fleet, proxy):
+    worker = fleet.start_worker(redis_url=proxy.url, lease_seconds=10)
+    jobs = []
+
+    for _ in range(25):
+        jobs += [fleet.submit("tokens=4 step=0.01") for _ in range(4)]
+        proxy.reset_all()
+        time.sleep(0.05)
+    records = [fleet.wait(job_id) for job_id in jobs]
+
+    assert worker.alive and not worker.lines("draining")
+    for record in records:
+        assert_published_once(fleet.ledger, record, 4)
+
+
 def test_jobs_in_flight_survive_a_restart_of_redis(own_redis, tmp_path):
     fleet = Fleet(own_redis.url, tmp_path)
     try:

@@ -14,7 +14,7 @@ from inferfleet.tasks import errors
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
-from inferfleet.workers.app import make_app
+from inferfleet.workers.app import FleetRequest, make_app
 from inferfleet.workers.checks import Standing, check_redis, complaints_about
 from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, pinned
 from inferfleet.workers.flight import Ending, Flight, seed_of
@@ -251,6 +251,7 @@ def test_the_celery_app_speaks_json_only_and_acknowledges_nothing():
     assert app.conf.worker_disable_prefetch and not app.conf.task_acks_late
     assert app.conf.worker_cancel_long_running_tasks_on_connection_loss is False
     assert all(queue.no_ack for queue in app.conf.task_queues)
+    assert app.task(lambda: None, name="ours").Request is FleetRequest
     app.intake.shut()
 
 

@@ -3,6 +3,8 @@
 What Celery 5.7 on Redis does by itself and what is asked of it here:
 - A restart of Redis while messages are unacknowledged ends a stock worker. Turns and runs are consumed with `no_ack`,
   so nothing is ever unacknowledged; a turn that is lost with its worker is rung again, a run is its caller's to repeat.
+- Kombu acknowledges even what was consumed with `no_ack`, later and from the event loop; if the connection broke in
+  between, that ends the worker. Our tasks' requests acknowledge nothing.
 - A prefetched turn is one that no other worker hears: prefetch is disabled, a worker holds as many as it has slots.
 - With prefetch disabled a full worker hears of a free slot only when its event loop wakes, up to a second late: the
   pool wakes it.
@@ -13,9 +15,10 @@ import socket
 from functools import partial
 from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery, Task, bootsteps
 from celery.concurrency.thread import ApplyResult, TaskPool
 from celery.worker.consumer import Consumer
+from celery.worker.request import Request
 from kombu.asynchronous import Hub
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
@@ -28,9 +31,26 @@ RECONNECT_FIRST, RECONNECT_STEP, RECONNECT_MAX = 0.2, 0.3, 2.0
 RESULT_SECONDS = 86400
 
 
+class FleetRequest(Request):
+    """A message that was consumed with `no_ack`: there is nothing to acknowledge, and no channel to do it on."""
+
+    def acknowledge(self) -> None:
+        self.acknowledged = True
+
+    def reject(self, requeue: bool = False) -> None:
+        self.acknowledged = True
+
+
+class FleetTask(Task):
+    """A task of ours."""
+
+    Request = FleetRequest
+
+
 class FleetApp(Celery):
     """A Celery app that knows its intake."""
 
+    task_cls = FleetTask
     intake: "Intake"
 
 

@@ -38,9 +38,8 @@ class CeleryWorker(Worker):
         cls, app: FleetApp, name: str, slots: int, drain: Callable[[], None], hurry: Callable[[], None]
     ) -> "CeleryWorker":
         """A node called `name` (something@host) with so many threads. `drain` and `hurry` must return at once."""
-        # JSON only, so root is no danger here; and what Celery 6 will do on a lost connection is set in make_app.
+        # JSON only, so root is no danger here.
         warnings.filterwarnings("ignore", category=SecurityWarning)
-        warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
         setup_logging.connect(_logging_is_set_up)
         worker = cls(
             app=app,
@@ -57,6 +56,8 @@ class CeleryWorker(Worker):
 
     def on_start(self) -> None:
         super().on_start()
+        # What Celery 6 will do on a lost connection is set in make_app, and it would be told of at each one.
+        warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
         # Nothing is consumed until the intake says so; an empty choice would mean every queue.
         queues = self.app.amqp.queues
         for name in list(queues):
