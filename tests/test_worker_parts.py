@@ -251,7 +251,7 @@ def test_the_celery_app_speaks_json_only_and_acknowledges_nothing():
     assert app.conf.worker_disable_prefetch and not app.conf.task_acks_late
     assert app.conf.worker_cancel_long_running_tasks_on_connection_loss is False
     assert all(queue.no_ack for queue in app.conf.task_queues)
-    assert app.task(lambda: None, name="ours").Request is FleetRequest
+    assert app.Task.Request is FleetRequest
     app.intake.shut()
 
 
