@@ -46,6 +46,7 @@ class Bench:
             str(folder),
             dtype=arguments.dtype,
             device=arguments.device,
+            threads=arguments.threads,
             kv_cache_tokens=16384,
             max_num_seqs=64,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
@@ -114,19 +115,18 @@ def workloads(full: Bench, null: Bench) -> dict[str, tuple[str, Callable[[], flo
     return rows
 
 
-def limits(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the measured memory and matrix rates allow, for the dense model: the roofline's figures.
+def limits(config: dict[str, Any], read: float, flops: float, itemsize: int) -> dict[str, float]:
+    """What memory (bytes/s) and matrix (operations/s) rates allow, for a dense model: the roofline's figures.
 
     A decode step reads every weight once and computes 2 operations a weight and row; the slower of both counts.
     """
     parts = random_model.shapes(config)
     body = sum(_product(shape) for name, shape in parts.items() if "embed" not in name)
     head = _product(parts["model.embed_tokens.weight"])
-    read, flops = machine.read_rate(device), machine.matrix_rate(device, dtype)
-    step = {b: max((body + head) * dtype.itemsize / read, 2 * b * (body + head) / flops) for b in (*BATCHES, 64)}
+    step = {b: max((body + head) * itemsize / read, 2 * b * (body + head) / flops) for b in (*BATCHES, 64)}
     prefill = 2 * body * PROMPT / flops
-    found = {"read GB/s": read / 1e9, "matrix GFLOP/s": flops / 1e9, "ttft": 1e3 * (prefill + 2 * head / flops)}
-    found |= {f"decode.b{b}": b / step[b] for b in BATCHES}
+    found = {f"decode.b{b}": b / step[b] for b in BATCHES}
+    found |= {"ttft": 1e3 * (prefill + 2 * head / flops)}
     return found | {"offline64": 64 * ANSWER / (64 * prefill + ANSWER * step[64])}
 
 
@@ -139,6 +139,9 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every chosen workload `passes` times, interleaved so that a slow minute of the machine hits all of them."""
+    device, dtype = machine.device(arguments.device), getattr(torch, arguments.dtype)
+    about = machine.describe(device)
+    read, flops = machine.read_rate(device), machine.matrix_rate(device, dtype)
     with tempfile.TemporaryDirectory() as temporary:
         names = (arguments.model, "null")
         full, null = (Bench(random_model.write_model(name, Path(temporary)), arguments) for name in names)
@@ -149,16 +152,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 value = work()
                 if number:  # the first pass warms up
                     samples[name].append(value)
-        device = full.llm.engine.device
-        config = random_model.MODELS[arguments.model]
-        bounds = {} if "num_experts" in config else limits(config, device, getattr(torch, arguments.dtype))
+    config = random_model.MODELS[arguments.model]
+    bounds = {} if "num_experts" in config else limits(config, read, flops, dtype.itemsize)
     return {
         "command": " ".join(["python", *sys.argv]),
         "model": arguments.model,
         "dtype": arguments.dtype,
         "passes": arguments.passes,
-        "machine": machine.describe(device),
-        "rates": {name: round(bounds[name], 1) for name in bounds if "/s" in name},
+        "machine": about,
+        "rates": {"read GB/s": round(read / 1e9, 1), "matrix GFLOP/s": round(flops / 1e9, 1)},
         "results": {name: _summary(samples[name], unit, bounds.get(name)) for name, (unit, _) in chosen.items()},
     }
 
@@ -193,14 +195,13 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of the engine")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of workloads, e.g. ttft decode.b1")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     report = measure(arguments)
     print(json.dumps(report, indent=1) if arguments.json else "\n".join(table(report)))
 

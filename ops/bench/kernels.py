@@ -157,7 +157,7 @@ OPS = {"linear": linears, "attention": attentions, "moe": experts, "elementwise"
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(arguments.device)
+    device = machine.device(arguments.device)
     target = Target(device, getattr(torch, arguments.dtype))
     copied, computed = machine.copy_rate(device), machine.matrix_rate(device, target.dtype)
     rows = []
@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--op", nargs="*", default=list(OPS), choices=list(OPS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--passes", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

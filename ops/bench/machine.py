@@ -13,6 +13,13 @@ from typing import Any
 import torch
 
 
+def device(name: str) -> torch.device:
+    """The device of that name; "auto" is a CUDA device if there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, thread count, versions and load: what a figure means nothing without."""
     on_cuda = device.type == "cuda"
