@@ -47,7 +47,7 @@ class EngineSpec:
     max_num_batched_tokens: int = 2048
     paged_attn: bool = True
     prefix_caching: bool = True
-    #: CPU threads; None = leave what the process has.
+    #: CPU threads of the kernels; None = as many as torch has. Torch itself then keeps one, see kernels/threads.py.
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,8 +77,7 @@ class Loaded:
 
 def load_engine(spec: EngineSpec) -> Loaded:
     """Load everything. Raises LoadError, a ModelError, TokenizerError or ChatTemplateError; each says what to do."""
-    if spec.threads is not None:
-        threads.use(spec.threads)
+    threads.use(spec.threads or threads.for_work())
     loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     started = time.perf_counter()
     prompts = PromptEncoder(loaded.folder)

@@ -44,6 +44,8 @@ class PackedLinear:
         self.bias = None if bias is None else bias.detach().contiguous()
         self.layout = best_layout(weight)
         self.weight = _PACKERS[self.layout](weight.detach())
+        if self.layout != "panels" and weight.device.type == "cpu":
+            threads.lend_to_torch()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.layout == "plain":

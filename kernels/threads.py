@@ -16,14 +16,18 @@ def use(count: int) -> None:
     """Let the kernels of this process use so many threads, and torch's own operators one.
 
     What torch still does in a step is small, and its OpenMP teams wait for their last thread: on a machine whose
-    cores others want as well, each such wait is a time slice. Without the C++ kernels torch does the heavy work too,
-    and then it gets all the threads.
+    cores others want as well, each such wait is a time slice. See `lend_to_torch` for where torch does more.
     """
     global _count
     if count < 1:
         raise ValueError(f"threads must be at least 1, not {count}")
     _count = count
     torch.set_num_threads(1 if build.library() is not None else count)
+
+
+def lend_to_torch() -> None:
+    """Called where a matrix product is torch's after all (no compiler, float16, another CPU): it gets all threads."""
+    torch.set_num_threads(for_work())
 
 
 def for_work() -> int:

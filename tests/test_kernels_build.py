@@ -116,6 +116,8 @@ def test_the_kernels_may_have_more_threads_than_torch(monkeypatch):
     assert (threads.for_work(), torch.get_num_threads()) == (3, 1)
     assert (threads.for_elements(100), threads.for_elements(10**6)) == (1, 3)
     assert torch.equal(packed(x), expected)
+    linear.PackedLinear(torch.randn(8, 8).half())  # a product that torch has to do
+    assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
 
 
