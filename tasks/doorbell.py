@@ -7,6 +7,7 @@ doubled one costs nothing. So a ring that fails is reported and never raised.
 import functools
 import threading
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from inferfleet.tasks import names
 
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 
 #: Seconds that one connection attempt may take: whoever submits should not wait for a broker that is away.
 CONNECT_TIMEOUT = 2.0
+
+
+def broker_url(redis_url: str) -> str:
+    """The same server in kombu's words: there a Unix socket has another scheme, and TLS is not verified unasked."""
+    url = urlsplit(redis_url)
+    query = dict(parse_qsl(url.query))
+    if url.scheme == "unix":
+        database = query.pop("db", "0")
+        return f"redis+socket://{url.netloc}{url.path}?{urlencode(query | {'virtual_host': database})}"
+    if url.scheme == "rediss":
+        query.setdefault("ssl_cert_reqs", "required")
+        return urlunsplit(url._replace(query=urlencode(query)))
+    return redis_url
 
 
 class Doorbell:
@@ -58,7 +72,7 @@ class Doorbell:
     def _app(self) -> "Celery":
         from celery import Celery
 
-        app = Celery("inferfleet.doorbell", broker=self._redis_url, set_as_current=False)
+        app = Celery("inferfleet.doorbell", broker=broker_url(self._redis_url), set_as_current=False)
         app.conf.update(
             accept_content=["json"],
             task_serializer="json",

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from inferfleet.tasks import errors
+from inferfleet.tasks.doorbell import broker_url
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
@@ -253,6 +254,19 @@ def test_the_celery_app_speaks_json_only_and_acknowledges_nothing():
     assert all(queue.no_ack for queue in app.conf.task_queues)
     assert app.Task.Request is FleetRequest
     app.intake.shut()
+
+
+@pytest.mark.parametrize(
+    ("redis_url", "in_kombu_s_words"),
+    [
+        ("redis://:secret@host:1/2", "redis://:secret@host:1/2"),
+        ("unix:///run/redis.sock?db=3", "redis+socket:///run/redis.sock?virtual_host=3"),
+        ("rediss://host:1/2", "rediss://host:1/2?ssl_cert_reqs=required"),
+        ("rediss://host:1/2?ssl_cert_reqs=none", "rediss://host:1/2?ssl_cert_reqs=none"),
+    ],
+)
+def test_celery_reaches_the_server_that_the_ledger_reaches(redis_url, in_kombu_s_words):
+    assert broker_url(redis_url) == in_kombu_s_words
 
 
 def test_logs_are_json_off_a_terminal_and_never_show_what_a_user_wrote(request):

@@ -24,6 +24,7 @@ from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 
 from inferfleet.tasks import names
+from inferfleet.tasks.doorbell import broker_url
 from inferfleet.tasks.settings import Settings
 
 RECONNECT_FIRST, RECONNECT_STEP, RECONNECT_MAX = 0.2, 0.3, 2.0
@@ -56,7 +57,8 @@ class FleetApp(Celery):
 
 def make_app(settings: Settings, queues: list[str]) -> FleetApp:
     """An app that may consume `queues`; which of them it does is the intake's word."""
-    app = FleetApp("inferfleet", broker=settings.redis_url, backend=settings.redis_url, set_as_current=False)
+    url = broker_url(settings.redis_url)
+    app = FleetApp("inferfleet", broker=url, backend=url, set_as_current=False)
     app.intake = Intake()
     app.conf.update(
         accept_content=["json"],
