@@ -20,7 +20,7 @@ def fleet(redis_url, tmp_path):
 
 def test_a_killed_worker_s_job_goes_on_in_another_where_it_was(fleet):
     first = fleet.start_worker()
-    job_id = fleet.submit("tokens=200 step=0.01")
+    job_id = fleet.submit("tokens=120 step=0.01")
     fleet.wait_for_words(job_id, 3)
     engine = first.engines()[0]
 
@@ -29,7 +29,7 @@ def test_a_killed_worker_s_job_goes_on_in_another_where_it_was(fleet):
     record = fleet.wait(job_id)
 
     assert (record.deaths, record.attempts) == (1, 2)
-    assert_published_once(fleet.ledger, record, 200)
+    assert_published_once(fleet.ledger, record, 120)
     until(lambda: not engine.is_running())
 
 
@@ -49,7 +49,7 @@ def test_a_killed_engine_s_job_is_taken_back_at_once_and_a_fresh_engine_finishes
 def test_only_the_culprit_of_a_crashed_batch_collects_deaths(fleet):
     fleet.start_worker()
 
-    innocent = [fleet.submit("tokens=60 step=0.01") for _ in range(7)]
+    innocent = [fleet.submit("tokens=40 step=0.01") for _ in range(5)]
     for job_id in innocent:
         fleet.wait_for_words(job_id)
     culprit = fleet.submit("tokens=60 exit=5")
@@ -60,11 +60,11 @@ def test_only_the_culprit_of_a_crashed_batch_collects_deaths(fleet):
     assert record.dead_letter
     assert {(survivor.state, survivor.deaths) for survivor in survivors} == {("completed", 0)}
     for survivor in survivors:
-        assert_published_once(fleet.ledger, survivor, 60)
+        assert_published_once(fleet.ledger, survivor, 40)
 
 
 def test_a_hung_engine_loses_its_job_and_is_replaced(fleet, tmp_path):
-    worker = fleet.start_worker(stall_seconds=4)
+    worker = fleet.start_worker(stall_seconds=3)
     job_id = fleet.submit(f"tokens=20 hang_once={tmp_path}/hung")
     engine = worker.engines()[0]
 
@@ -97,7 +97,7 @@ def test_a_batch_in_a_hung_engine_is_handed_back_and_only_the_culprit_collects_d
 
 def test_a_stopped_worker_that_comes_back_writes_nothing_any_more(fleet):
     sleeper = fleet.start_worker()
-    job_id = fleet.submit("tokens=200 step=0.01")
+    job_id = fleet.submit("tokens=120 step=0.01")
     fleet.wait_for_words(job_id, 3)
 
     sleeper.signal(signal.SIGSTOP)
@@ -107,7 +107,7 @@ def test_a_stopped_worker_that_comes_back_writes_nothing_any_more(fleet):
     record = fleet.wait(job_id)
 
     assert record.deaths == 1
-    assert_published_once(fleet.ledger, record, 200)
+    assert_published_once(fleet.ledger, record, 120)
     # The zombie is a worker again.
     fleet.workers[1].kill()
     assert fleet.wait(fleet.submit("tokens=2")).state == "completed"
@@ -119,7 +119,7 @@ def test_a_turn_lost_on_the_wire_is_rung_again_by_a_janitor(fleet, proxy):
     janitor = a_janitor(fleet)
     num_lost = 0
 
-    for _ in range(8):
+    while num_lost < 2:
         proxy.lose_next_reply()
         job_id = fleet.submit("tokens=3")
         until(lambda: proxy.faults.lose_replies == 0)
@@ -131,14 +131,13 @@ def test_a_turn_lost_on_the_wire_is_rung_again_by_a_janitor(fleet, proxy):
             janitor.round()
         assert_published_once(fleet.ledger, fleet.wait(job_id), 3)
 
-    assert num_lost > 0
-
 
 def a_janitor(fleet):
     settings = {"sweep_seconds": 1, "lease_seconds": 2, "max_deaths": 3, "result_ttl_seconds": 60}
     return Janitor(fleet.ledger, fleet.doorbell, **settings, on_reaped=lambda tally: None, upkeep=lambda: None)
 
 
+@pytest.mark.slow
 def test_lost_replies_on_every_path_publish_nothing_twice(fleet, proxy):
     fleet.start_worker(redis_url=proxy.url)
     proxy.faults.lose_chance = 0.08
@@ -172,7 +171,7 @@ def test_jobs_in_flight_survive_a_restart_of_redis(own_redis, tmp_path):
     fleet = Fleet(own_redis.url, tmp_path)
     try:
         worker = fleet.start_worker()
-        jobs = [fleet.submit("tokens=250 step=0.01") for _ in range(5)]
+        jobs = [fleet.submit("tokens=200 step=0.01") for _ in range(5)]
         for job_id in jobs:
             fleet.wait_for_words(job_id, 2)
 
@@ -183,7 +182,7 @@ def test_jobs_in_flight_survive_a_restart_of_redis(own_redis, tmp_path):
 
         assert {(record.state, record.deaths) for record in records} == {("completed", 0)}
         for record in records:
-            assert_published_once(fleet.ledger, record, 250)
+            assert_published_once(fleet.ledger, record, 200)
         assert worker.alive
         # The broker's side lives too: a turn is heard, not only swept.
         assert fleet.wait(fleet.submit("tokens=2")).state == "completed"

@@ -108,7 +108,7 @@ def test_a_lazy_model_is_loaded_by_its_first_job(fleet):
 def test_a_worker_takes_no_more_turns_than_it_has_slots(fleet):
     fleet.start_worker(slots=2)
 
-    jobs = [fleet.submit("tokens=60 step=0.02") for _ in range(6)]
+    jobs = [fleet.submit("tokens=30 step=0.02") for _ in range(6)]
     for running in jobs[:2]:
         fleet.wait_for_words(running)
 
@@ -218,7 +218,7 @@ def test_an_engine_that_dies_while_loading_is_given_up_after_three_times(fleet):
 
 def test_sigterm_finishes_what_runs_and_leaves_the_rest(fleet):
     worker = fleet.start_worker(slots=2)
-    jobs = [fleet.submit("tokens=60 step=0.02") for _ in range(4)]
+    jobs = [fleet.submit("tokens=40 step=0.02") for _ in range(4)]
     for running in jobs[:2]:
         fleet.wait_for_words(running)
 
@@ -233,7 +233,7 @@ def test_sigterm_finishes_what_runs_and_leaves_the_rest(fleet):
 
 def test_what_outlives_the_grace_is_handed_back_and_goes_on_where_it_was(fleet):
     worker = fleet.start_worker(drain_grace_seconds=0.3)
-    job_id = fleet.submit("tokens=150 step=0.01")
+    job_id = fleet.submit("tokens=100 step=0.01")
     fleet.wait_for_words(job_id, 3)
 
     worker.signal(signal.SIGTERM)
@@ -244,7 +244,7 @@ def test_what_outlives_the_grace_is_handed_back_and_goes_on_where_it_was(fleet):
 
     assert (handed_back.state, handed_back.deaths, handed_back.attempts) == ("queued", 0, 0)
     assert (record.state, record.deaths, record.attempts) == ("completed", 0, 1)
-    assert_published_once(fleet.ledger, record, 150)
+    assert_published_once(fleet.ledger, record, 100)
 
 
 def test_a_second_sigterm_hands_back_at_once(fleet):
