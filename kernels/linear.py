@@ -59,7 +59,7 @@ class PackedLinear:
         if x.dim() != 2:
             return self._panels(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         rows = x if x.stride(1) == 1 else x.contiguous()
-        out = torch.empty(len(x), self.out_features, dtype=self.out_dtype)
+        out = torch.empty(x.shape[0], self.out_features, dtype=self.out_dtype)
         native = panels()
         assert native is not None, "the weight lies in panels, so there was a library"
         native["linear_to_float" if self.out_dtype is torch.float32 else "linear", self.dtype](

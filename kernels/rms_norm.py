@@ -80,7 +80,7 @@ def _native() -> build.Functions | None:
 def _takes(x: Tensor, weight: Tensor | None) -> bool:
     if not x.is_cpu or x.dtype not in build.SUFFIXES or x.stride(-1) != 1:
         return False
-    return weight is None or (weight.dtype is x.dtype and weight.is_contiguous() and len(weight) == x.shape[-1])
+    return weight is None or (weight.dtype is x.dtype and weight.is_contiguous() and weight.shape[0] == x.shape[-1])
 
 
 def _fits(residual: Tensor, x: Tensor) -> bool:

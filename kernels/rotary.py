@@ -66,7 +66,7 @@ def _takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
         return False
     if cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
         return False
-    if not cos.is_contiguous() or not sin.is_contiguous() or cos.shape != sin.shape or len(cos) != len(x):
+    if not cos.is_contiguous() or not sin.is_contiguous() or cos.shape != sin.shape or cos.shape[0] != x.shape[0]:
         return False
     if weight is not None and (weight.dtype is not x.dtype or not weight.is_contiguous()):
         return False
