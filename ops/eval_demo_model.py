@@ -46,11 +46,15 @@ def exams(per_task: int, seed: int = 1234) -> list[Exam]:
     """The held-out questions: every task, every held-out addition once, and additions in harder circumstances."""
     asker = Asker(random.Random(seed), held_out=True)
     tasks = [_exam(task, [[asker.ask(task)] for _ in range(per_task)]) for task in LATE]
+    near = Asker(random.Random(seed + 1), held_out=True)
+    near.close_pairs = 1.0
+    close = [[near.ask(task)] for _ in range(per_task // 2) for task in ("larger", "is_greater")]
     later = [[asker.ask(), asker.ask(), asker.ask("add")] for _ in range(per_task)]
     reworded = [[_reworded(asker)] for _ in range(per_task)]
     return [
         *tasks,
         _exam("every held-out addition", [[question] for question in held_out_additions()]),
+        _exam("larger and is_greater, numbers less than 10 apart", close),
         _exam("add, third turn of a dialogue", later),
         _exam("add, in ways of asking never taught", reworded),
     ]

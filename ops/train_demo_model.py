@@ -180,9 +180,9 @@ trained on dialogues of up to {trained} tokens; it accepts {positions}.
 
 ## Training
 
-Seed {plan.seed}, {plan.steps} steps of about {plan.tokens_per_step} tokens, {plan.early_steps} of them early lessons,
-peak learning rate {plan.peak_lr}; Muon on matrices, AdamW on the rest. {minutes:.0f} minutes by the clock and
-{cpu_minutes:.0f} CPU minutes on two cores ({cpu}) that other work shared.
+Seed {plan.seed}, {plan.steps} steps of about {plan.tokens_per_step} tokens, {plan.early_steps} of them early lessons;
+peak learning rate {plan.peak_lr}; Muon on matrices, AdamW on the rest.
+{minutes:.0f} minutes by the clock and {cpu_minutes:.0f} CPU minutes on two cores ({cpu}) that other work shared.
 torch {torch}, transformers {transformers}.
 
 ## Accuracy
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--state", type=Path, required=True, help="file to go on from and to write on the way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--early-steps", type=int, default=1400, help="steps of the early lessons")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--peak-lr", type=float, default=3e-3)
