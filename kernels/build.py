@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL | None:
     try:
         path = compiled(compiler)
         loaded = ctypes.CDLL(str(path))
-    except (CompileError, OSError, subprocess.SubprocessError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # CompileError, or no home folder
         _state = f"failed: {error}"
         log.error("the C++ kernels failed, the slower references run instead: %s", error)
         return None
