@@ -1,7 +1,7 @@
 """Row-wise kernels (norms, rotary, gated activation): the public function against the plain reference.
 
-Tolerances: float32 to 2e-6 relative; bfloat16 to one unit in the last place (2^-7), where the order of a sum may tip
-a rounding.
+Tolerances: float32 to 2e-6 relative; bfloat16 to 2^-6, where the order of a sum may tip one rounding and the next
+multiplies it.
 """
 
 import pytest
@@ -25,7 +25,7 @@ STYLES = ["llama", "gemma", "zero_centered"]
 
 def assert_same(actual, expected, atol=2e-6):
     assert actual.dtype == expected.dtype
-    rtol = 2e-6 if actual.dtype == torch.float32 else 2**-7
+    rtol = 2e-6 if actual.dtype == torch.float32 else 2**-6
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
