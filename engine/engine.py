@@ -197,7 +197,10 @@ class Engine:
             out.deltas.append(delta)
             if request.status is Status.FINISHED:
                 answer.conclude(delta)
-                self._close_if_ended(request.id, out)
+        # Only now: the scheduler may have ended several answers of one id in this step, and each has its words to say.
+        for request_id in dict.fromkeys(row.id for row in rows if row.status is Status.FINISHED):
+            if request_id in self._open:
+                self._close_if_ended(request_id, out)
 
     def _logprobs(self, sampled: SampledRows, number: int) -> list[dict[str, Any]] | None:
         found = sampled.logprobs and sampled.logprobs[number]

@@ -106,6 +106,8 @@ def test_several_answers_differ_by_their_random_stream_and_share_the_prompt(make
     engine.add("job", [7] * 30, seeded(5, 10, n=4))
     told = run(engine)["job"]
     assert len({tuple(told[i]["token_ids"]) for i in range(4)}) == 4
+    # Answers that end in the same step each tell their last token and why they ended.
+    assert [(len(told[i]["token_ids"]), told[i]["finish_reason"]) for i in range(4)] == [(10, "length")] * 4
     assert told[-1]["usage"].prompt_tokens == 30
     assert told[-1]["usage"].completion_tokens == 40
     assert engine.stats()["prefix_hits"] == 3 * 28
