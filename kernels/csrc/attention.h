@@ -9,7 +9,7 @@
 
 namespace attention {
 
-constexpr int64_t piece = 512;
+constexpr int64_t piece = 64; // short, so that even one ordinary row keeps several threads busy
 constexpr int64_t ahead_bytes = 24576; // how far a prefetch runs before the read: into the second-level cache
 constexpr int64_t max_ahead = 64;      // and at most so many tokens
 constexpr int64_t tile_rows = 96;
@@ -40,9 +40,9 @@ template <class T> struct Problem {
 };
 
 struct Task {
-    int64_t row, kv_head, num_heads; // num_heads: of the kv heads; a tile has one
-    int64_t begin, end;              // query tokens of the row (tile), or keys of its context (piece)
-    int64_t slot;                    // where a piece leaves its result; -1 for a tile
+    int64_t row, kv_head; // kv_head: of a tile; a piece has all of them
+    int64_t begin, end;   // query tokens of the row (tile), or keys of its context (piece)
+    int64_t slot;         // where a piece leaves its result; -1 for a tile
     double cost;
 };
 

@@ -86,11 +86,11 @@ void weigh_values(float *out, const float *weights, const T *cache, const int64_
 template <int G, class T>
 void attend_piece(const Problem<T> &p, const Task &task, const Partials &partials, const int64_t *offsets,
                   int64_t skip) {
-    const int64_t count = task.end - task.begin, heads = task.num_heads, width = p.width;
+    const int64_t count = task.end - task.begin, heads = p.kv_heads, width = p.width;
     float *scores = scratch<for_task>(heads * G * (piece + 16 * 16));
     v16 *sums = reinterpret_cast<v16 *>(scores + heads * G * piece);
     const int64_t ahead = std::clamp<int64_t>(ahead_bytes / int64_t(heads * width * sizeof(T)), 1, max_ahead);
-    auto query_head = [&](int64_t h) { return (task.kv_head + h) * p.group() + skip; };
+    auto query_head = [&](int64_t h) { return h * p.group() + skip; };
     const T *q = p.q + p.query_start[task.row] * p.q_stride + query_head(0) * width;
     score_keys<G>(scores, sums, p, q, p.group() * width, offsets, count, heads, ahead);
     for (int64_t h = 0; h < heads; ++h)
@@ -120,7 +120,7 @@ void attend_piece(const Problem<T> &p, const Task &task, const Partials &partial
 template <class T> void run_piece(const Problem<T> &p, const Task &task, const Partials &partials) {
     int64_t offsets[piece + max_ahead];
     const int64_t count = task.end - task.begin, group = p.group();
-    p.locate(offsets, task.row, task.kv_head, task.begin, task.end);
+    p.locate(offsets, task.row, 0, task.begin, task.end);
     std::fill_n(offsets + count, max_ahead, offsets[count - 1]); // so that a prefetch past the end stays inside
     int64_t skip = 0;
     auto take = [&](auto size) {

@@ -24,17 +24,12 @@ struct Plan {
     int64_t slots = 0;
 };
 
-// split: how many tasks share a piece, each with some of the kv heads.
-template <class T> void plan_pieces(Plan &plan, const Problem<T> &p, int64_t row, int64_t split) {
+template <class T> void plan_pieces(Plan &plan, const Problem<T> &p, int64_t row) {
     const int64_t end = p.seq_lens[row], begin = p.first_key(end - 1), count = (end - begin + piece - 1) / piece;
-    const int64_t step = (p.kv_heads + split - 1) / split;
     plan.merges.push_back({row, plan.slots, count});
-    for (int64_t low = begin; low < end; low += piece, ++plan.slots) {
+    for (int64_t low = begin; low < end; low += piece) {
         const int64_t high = std::min(end, low + piece);
-        for (int64_t head = 0; head < p.kv_heads; head += step) {
-            const int64_t heads = std::min(step, p.kv_heads - head);
-            plan.tasks.push_back({row, head, heads, low, high, plan.slots, double((high - low) * heads * p.group())});
-        }
+        plan.tasks.push_back({row, 0, low, high, plan.slots++, double((high - low) * p.heads)});
     }
 }
 
@@ -45,18 +40,16 @@ template <class T> void plan_tiles(Plan &plan, const Problem<T> &p, int64_t row)
         const int64_t end = std::min(tokens, begin + step);
         const double cost = double(before + end - p.first_key(before + begin)) * double((end - begin) * p.group());
         for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
-            plan.tasks.push_back({row, kv_head, 1, begin, end, -1, cost});
+            plan.tasks.push_back({row, kv_head, begin, end, -1, cost});
     }
 }
 
-template <class T> Plan plan_batch(const Problem<T> &p, int64_t threads) {
+template <class T> Plan plan_batch(const Problem<T> &p) {
     Plan plan;
-    // Whole tokens read best; a piece is shared between threads only where rows alone cannot keep them busy.
-    const int64_t split = std::min(p.kv_heads, std::max<int64_t>(1, 2 * threads / std::max<int64_t>(1, p.rows)));
     for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t tokens = p.query_start[row + 1] - p.query_start[row];
         if (tokens == 1 && p.width % 32 == 0)
-            plan_pieces(plan, p, row, threads > 1 ? split : 1);
+            plan_pieces(plan, p, row);
         else if (tokens > 0)
             plan_tiles(plan, p, row);
     }
@@ -67,7 +60,7 @@ template <class T> Plan plan_batch(const Problem<T> &p, int64_t threads) {
 }
 
 template <class T> void attend(const Problem<T> &p, int64_t threads) {
-    const Plan plan = plan_batch(p, threads);
+    const Plan plan = plan_batch(p);
     const int64_t states = plan.slots * p.heads, num_tasks = plan.tasks.size(), num_merges = plan.merges.size();
     float *memory = scratch<for_batch>(states * (p.width + 2));
     const Partials partials{memory, memory + states * p.width, memory + states * (p.width + 1), p.heads, p.width};
