@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -123,11 +124,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(url: str) -> bool:
-    """Whether `url` answers 200 now."""
+def serves_a_model(url: str) -> bool:
+    """Whether the API at `url` accepts jobs and a worker has loaded a model."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(f"{url}/ready", timeout=2) as answer:
+            return bool(json.load(answer)["models"])
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 
@@ -142,7 +143,7 @@ def wait_ready(fleet: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < deadline:
         if fleet.poll() is not None:
             break
-        if answers(f"{url}/ready"):
+        if serves_a_model(url):
             return
         time.sleep(0.1)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])

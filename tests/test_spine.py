@@ -82,7 +82,7 @@ def up(tmp_path_factory):
 
 def is_ready(url):
     try:
-        return httpx2.get(f"{url}/ready", trust_env=False, timeout=2).status_code == 200
+        return httpx2.get(f"{url}/ready", trust_env=False, timeout=2).json().get("models") == ["demo"]
     except httpx2.TransportError:
         return False
 

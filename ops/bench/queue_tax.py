@@ -1,9 +1,9 @@
 """What the queue costs: the same chats through API + Redis + Celery and through the offline engine.
 
-    python ops/bench/queue_tax.py PATH [--jobs 64] [--max-tokens 64] [--passes 3] [--json]
+    python ops/bench/queue_tax.py [--path FOLDER] [--jobs 64] [--max-tokens 64] [--passes 3] [--json]
 
-PATH is a model folder (`ops/bench/engine.py --write PATH` makes the 222 M one). Offline and fleet run one after the
-other, never together, each as its own processes; passes alternate, so that a drifting machine hits both alike.
+Without a folder the model is the random one of 222 M parameters (random_model.py). Offline and fleet run one after
+the other, never together, each in processes of its own; passes alternate, so that a drifting machine hits both alike.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import random_model
 
 WORDS = [
     "red",
@@ -49,6 +50,8 @@ WORDS = [
     "star",
     "road",
 ]
+#: The random models are no chat models; this one joins what was said.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 READY_SECONDS = 300
 FIRST_TOKEN_REPEATS = 15
 
@@ -112,7 +115,7 @@ def fleet(path: str) -> Iterator[str]:
 
 def ready(url: str) -> bool:
     try:
-        return httpx2.get(f"{url}/ready", trust_env=False, timeout=2).status_code == 200
+        return bool(httpx2.get(f"{url}/ready", trust_env=False, timeout=2).json().get("models"))
     except httpx2.TransportError:
         return False
 
@@ -156,7 +159,7 @@ async def first_token(client: httpx2.AsyncClient, messages: list[dict[str, str]]
 
 
 def offline(options: argparse.Namespace, salt: int) -> dict[str, float]:
-    command = [sys.executable, __file__, options.path, "--child", str(salt)]
+    command = [sys.executable, __file__, "--path", options.path, "--child", str(salt)]
     command += ["--jobs", str(options.jobs), "--max-tokens", str(options.max_tokens)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -168,24 +171,36 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("path", type=str)
+    parser.add_argument("--path", help="a model folder with a chat template")
     parser.add_argument("--jobs", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.path = str(Path(options.path).resolve())
     if options.child is not None:
         print(json.dumps(offline_child(options.path, options.jobs, options.max_tokens, options.child)))
         return
+    with tempfile.TemporaryDirectory(prefix="inferfleet-bench-") as folder:
+        options.path = str(Path(options.path).resolve() if options.path else random_chat_model(Path(folder)))
+        report(options, *compare(options))
+
+
+def random_chat_model(folder: Path) -> Path:
+    path = random_model.write_model("qwen3-222m", folder)
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return path
+
+
+def compare(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of all passes: the offline engine's and the fleet's."""
     alone: list[dict[str, float]] = []
     queued: list[dict[str, float]] = []
     for salt in range(options.passes):
         alone.append(offline(options, salt))
         with fleet(options.path) as url:
             queued.append(asyncio.run(drive(url, options.jobs, options.max_tokens, salt)))
-    report(options, summary(alone), summary(queued))
+    return summary(alone), summary(queued)
 
 
 def report(options: argparse.Namespace, alone: dict[str, float], queued: dict[str, float]) -> None:
