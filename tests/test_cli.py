@@ -5,27 +5,42 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import psutil
 import pytest
+import redis
 from live_api import LiveApi, running_api
 from parity.checkpoints import write
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from inferfleet.tasks.client import Client
+from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.workers import cli, cli_chat
 from inferfleet.workers.embedded import find_server, start_redis
 from inferfleet.workers.keys import digest
 from inferfleet.workers.processes import ChildFailed, start_child
+from inferfleet.workers.up import RESTARTS, Plan
 from inferfleet.workers.up import Fleet as Supervised
-from inferfleet.workers.up import Plan
 
 PATIENCE = 120
+
+
+class Quiet:
+    """A report to nobody."""
+
+    def phase(self, name: str, seconds: float, detail: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -257,8 +272,6 @@ def test_without_a_redis_on_the_path_the_bundled_server_is_found_and_keeps_what_
 
     for expected in (None, b"kept"):
         server = start_redis(binary, tmp_path / "data", tmp_path / "redis.log")
-        import redis
-
         with redis.Redis.from_url(server.url) as client:
             assert client.get("key") == expected
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
@@ -267,8 +280,6 @@ def test_without_a_redis_on_the_path_the_bundled_server_is_found_and_keeps_what_
 
 
 def test_the_embedded_redis_wants_its_password(redis_binary_path, tmp_path):
-    import redis
-
     server = start_redis(Path(redis_binary_path), tmp_path, tmp_path / "redis.log")
     port = int(server.url.rpartition(":")[2].partition("/")[0])
 
@@ -400,3 +411,71 @@ def test_a_second_up_in_the_same_folder_is_refused(up, tmp_path):
 
     assert process.returncode == 1
     assert "already runs" in err
+
+
+def test_up_refuses_a_port_that_another_server_has_and_starts_nothing(up, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        process = up("--port", str(port), toml=spec(tmp_path / "tiny"))
+        out, err = process.communicate(timeout=PATIENCE)
+
+    assert (process.returncode, out) == (1, "")
+    assert f"127.0.0.1:{port}" in err
+    assert "port_taken" in err
+    assert "--port" in err
+
+
+def test_up_says_that_it_cannot_write_in_its_data_folder(up, tmp_path):
+    (tmp_path / "file").touch()
+    process = up("--data-dir", str(tmp_path / "file" / "below"), toml=spec(tmp_path / "tiny"))
+    _, err = process.communicate(timeout=PATIENCE)
+
+    assert process.returncode == 1
+    assert str(tmp_path / "file" / "below") in err
+    assert "Traceback" not in err
+
+
+def test_a_killed_redis_is_started_again_as_it_was_but_not_for_ever(redis_binary_path, tmp_path, monkeypatch):
+    # Given a fleet that has only its Redis yet,
+    monkeypatch.setenv("PATH", str(Path(redis_binary_path).parent))
+    fleet = Supervised(Plan(tmp_path / "a folder", {}, "127.0.0.1", 8000, None, "test", 1.0), Quiet())
+    fleet._start_redis()
+    with redis.Redis.from_url(fleet.redis_url, retry=Retry(ConstantBackoff(0.05), 100)) as client:
+        client.set("key", "kept")
+        watch = ThreadPoolExecutor(1).submit(fleet.watch)
+
+        # when it is killed as often as allowed, then it comes back with what it held;
+        for _ in range(RESTARTS):
+            fleet.redis.child.process.kill()
+            fleet.redis.child.process.wait()
+            assert client.get("key") == b"kept"
+
+        # once more is too often.
+        fleet.redis.child.process.kill()
+        with pytest.raises(ChildFailed, match="redis ended with signal SIGKILL"):
+            watch.result(PATIENCE)
+
+
+@pytest.mark.slow
+def test_jobs_outlive_a_redis_that_is_killed_under_up(up, tmp_path):
+    write("qwen3", 2, tmp_path / "tiny")
+    process = up(toml=spec(tmp_path / "tiny"))
+    notes = [json.loads(process.stdout.readline()) for _ in range(5)]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200, "ignore_eos": True}
+    with Client(notes[3]["note"].rpartition(" ")[2]) as client:
+        jobs = [client.submit(body).id for _ in range(8)]
+        server = next(c for c in psutil.Process(process.pid).children() if "redis" in c.name() or "valkey" in c.name())
+        server.kill()
+
+        assert "redis ended with signal SIGKILL: starting it again" in process.stdout.readline()
+        assert wait_through(client, jobs) == ["completed"] * 8
+
+
+def wait_through(client: Client, jobs: list[str]) -> list[str]:
+    """How the jobs ended, asked again while the ledger is away."""
+    for _ in range(20):
+        try:
+            return [client.wait(job, timeout=PATIENCE).status for job in jobs]
+        except LedgerUnavailable:
+            time.sleep(0.5)
+    raise AssertionError("the ledger did not come back")

