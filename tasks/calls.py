@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ MAX_PAGE = 100
 #: Longest time that a read of events blocks on the server, below redis-py's own 5 s for a silent socket.
 MAX_BLOCK_MS = 4000
 MAX_RETRY_AFTER = 60.0
+#: Doubles, which Lua counts with, are exact up to here; far more than a job can have events.
+MAX_PLACE = 2**53
+MAX_KEY_CHARS = 255
+#: An idempotency key: printable ASCII without spaces at its ends.
+PRINTABLE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 RECORD_FIELDS = (
     "state", "tenant", "model", "endpoint", "custom_id", "priority", "deadline_ms", "created_ms", "queued_ms",
@@ -119,6 +125,8 @@ def submit(
     """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay."""
     if not -100 <= priority <= 100:
         raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
+    if idempotency_key is not None:
+        check_idempotency_key(idempotency_key)
     digest = idempotency_digest(tenant, idempotency_key) if idempotency_key is not None else None
 
     def parse(answer: list[Any]) -> Submitted:
@@ -133,6 +141,12 @@ def submit(
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
     more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None))
     return Call("submit", fields + more, parse)
+
+
+def check_idempotency_key(key: str, param: str = "idempotency_key") -> None:
+    """Raises InvalidRequest for a key that is empty, too long or not printable ASCII."""
+    if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or not PRINTABLE.fullmatch(key):
+        raise InvalidRequest(f"{param} must be 1 to {MAX_KEY_CHARS} printable ASCII characters", param=param)
 
 
 def idempotency_digest(tenant: str, key: str) -> str:
@@ -392,12 +406,20 @@ def events(
     job_id: str, tenant: str | None = None, *, after: int = -1, count: int = EVENTS_PER_READ
 ) -> Call[list[Event]]:
     """The events with a number above `after`, oldest first, at most `count`."""
+    check_place(after)
     return Call("events", (job_id, opt(tenant), after, count), lambda answer: read_log(answer)[1])
 
 
 def log(job_id: str, tenant: str | None = None, *, after: int = -1) -> Call[tuple[str, list[Event]]]:
     """The job's state and, read in the same moment, its events: when it has ended and none is left, none will come."""
+    check_place(after)
     return Call("events", (job_id, opt(tenant), after, EVENTS_PER_READ), read_log)
+
+
+def check_place(after: int) -> None:
+    """Raises InvalidRequest for what is no sequence_number, nor -1 for the beginning."""
+    if isinstance(after, bool) or not isinstance(after, int) or not -1 <= after <= MAX_PLACE:
+        raise InvalidRequest("after must be a whole number between -1 and 2**53", param="after")
 
 
 def read_log(answer: list[Any] | None) -> tuple[str, list[Event]]:
@@ -427,6 +449,7 @@ def next_events(
 ) -> Call[list[Event]]:
     """Wait on the server for events after a number. For whoever may see the job: it asks for no tenant. Empty when
     nothing came in block_ms, also for a job that was deleted or has ended."""
+    check_place(after)
     block = max(1, min(block_ms, MAX_BLOCK_MS))
     args = ("XREAD", "COUNT", count, "BLOCK", block, "STREAMS", Key(f"events:{job_id}"), f"{after + 1}-0")
     return Call("", args, parse_stream)

@@ -60,6 +60,8 @@ def as_job(request: JobRequest | ChatCompletionRequest | Mapping[str, Any]) -> J
         return request
     if isinstance(request, ChatCompletionRequest):
         return JobRequest.from_chat(request)
+    if not isinstance(request, Mapping):
+        raise InvalidRequest(f"a request is a JSON object, not {type(request).__name__}")
     try:
         raw = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:

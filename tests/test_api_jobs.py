@@ -271,8 +271,9 @@ def test_a_last_event_id_that_is_no_number_is_refused_by_name(api, http):
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "Last-Event-ID")
 
 
-def test_a_place_that_no_event_has_reached_is_refused(api, http):
-    answer = http.get(f"/v1/jobs/{queued(api, http)}/events", params={"starting_after": 1000})
+@pytest.mark.parametrize("place", [1000, 2**53, 2**53 + 1, 99999999999999999999, -2])
+def test_a_place_that_no_event_has_reached_is_refused(api, http, place):
+    answer = http.get(f"/v1/jobs/{queued(api, http)}/events", params={"starting_after": place})
 
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "starting_after")
 

@@ -202,6 +202,8 @@ def test_keys_are_made_shown_once_listed_and_deleted(run):
     ("arguments", "code", "words"),
     [
         (("jobs", "show", "job_" + "0" * 32), 4, ["no job with this id", "job_not_found", "jobs list"]),
+        (("jobs", "show", "x/../../models"), 4, ["no job with this id"]),
+        (("jobs", "cancel", ".."), 4, ["no job with this id"]),
         (("chat", "say hi", "--model", "nobody"), 4, ["nobody", "model_not_found", "inferfleet models"]),
         (("models", "--api-url", "http://127.0.0.1:9"), 3, ["http://127.0.0.1:9", "api_unreachable", "inferfleet up"]),
         (("models", "--api-key", "ifk_wrong"), 1, ["unknown or was deleted", "unauthorized", "keys create"]),

@@ -17,6 +17,7 @@ from inferfleet.tasks.errors import (
     AlreadyTerminal,
     ContextLengthExceeded,
     IdempotencyKeyReuse,
+    InvalidRequest,
     JobNotFound,
     ModelNotFound,
     QueueFull,
@@ -246,3 +247,24 @@ assert 'celery' not in sys.modules
 client.submit({CHAT!r})
 client.close()"""
     assert loaded_after(code) == "['celery', 'kombu']"
+
+
+@pytest.mark.parametrize("request_", [None, 7, "body", ["body"]])
+def test_what_is_no_json_object_is_an_invalid_request(client, request_):
+    with pytest.raises(InvalidRequest, match="a request is a JSON object"):
+        client.submit(request_)
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "caf\xe9", 7])
+def test_an_idempotency_key_has_the_limits_that_it_has_over_http(client, key):
+    with pytest.raises(InvalidRequest, match="1 to 255 printable") as refused:
+        client.submit(CHAT, idempotency_key=key)
+    assert refused.value.param == "idempotency_key"
+
+
+@pytest.mark.parametrize("after", [-2, 2**53 + 1, 10**25, "0", True])
+def test_a_place_in_the_events_that_no_number_can_be_is_refused(client, after):
+    job = client.submit(CHAT)
+    with pytest.raises(InvalidRequest, match="between -1 and") as refused:
+        list(client.stream(job.id, after=after))
+    assert refused.value.param == "after"

@@ -1,10 +1,12 @@
 """`inferfleet jobs`: list, show, wait, cancel, retry."""
 
+import re
 import time
 from typing import Annotated, Any
 
 import typer
 
+from inferfleet.tasks.errors import JobNotFound
 from inferfleet.tasks.names import TERMINAL
 from inferfleet.workers.cli_http import ApiClient
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models
@@ -14,6 +16,9 @@ app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
 
 #: The API holds one long poll at most this long.
 POLL_SECONDS = 30
+
+#: What may stand in a route as it is.
+ID = re.compile(r"[A-Za-z0-9_-]+")
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id (job_…).", autocompletion=complete_jobs)]
 
@@ -52,7 +57,7 @@ def list_jobs(
 def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Show one job: its state, times, answer or error."""
     with api_client(api_url, api_key) as client:
-        job = client.request("GET", f"/v1/jobs/{job_id}")
+        job = client.request("GET", path_of(job_id))
     print_json(job) if json else print_job(job)
 
 
@@ -78,7 +83,7 @@ def _wait_for_end(client: ApiClient, job_id: str, timeout: float | None) -> dict
     while True:
         left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
         seconds = max(0, min(POLL_SECONDS, round(left)))
-        job = client.request("GET", f"/v1/jobs/{job_id}", params={"wait": str(seconds)})
+        job = client.request("GET", path_of(job_id), params={"wait": str(seconds)})
         if job["status"] in TERMINAL or (deadline is not None and time.monotonic() >= deadline):
             return job
 
@@ -87,7 +92,7 @@ def _wait_for_end(client: ApiClient, job_id: str, timeout: float | None) -> dict
 def cancel(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Cancel a job: at once while it is queued, at the next step while it runs."""
     with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"/v1/jobs/{job_id}/cancel")
+        job = client.request("POST", f"{path_of(job_id)}/cancel")
     print_json(job) if json else out.print(f"{job['id']} {job['status']}")
 
 
@@ -95,8 +100,15 @@ def cancel(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: A
 def retry(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Queue a job again that failed, expired or was cancelled."""
     with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"/v1/jobs/{job_id}/retry")
+        job = client.request("POST", f"{path_of(job_id)}/retry")
     print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+
+
+def path_of(job_id: str) -> str:
+    """A job's route. An id that could lead to another route is no job's: JobNotFound."""
+    if not ID.fullmatch(job_id):
+        raise JobNotFound(param="job_id")
+    return f"/v1/jobs/{job_id}"
 
 
 def print_job(job: dict[str, Any]) -> None:

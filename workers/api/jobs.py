@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from inferfleet.tasks import names, strict_json
-from inferfleet.tasks.calls import MAX_PAGE
+from inferfleet.tasks.calls import MAX_PAGE, MAX_PLACE
 from inferfleet.tasks.contracts import JobRequest, parse_job, validated
 from inferfleet.tasks.errors import FleetError, InvalidRequest, JobNotFound, NotTerminal
 from inferfleet.tasks.records import Event
@@ -121,7 +121,9 @@ async def job_events(
     job_id: JobId,
     tenant: Tenant,
     use: Use,
-    starting_after: Annotated[int | None, Query(ge=-1, description="the last sequence_number seen")] = None,
+    starting_after: Annotated[
+        int | None, Query(ge=-1, le=MAX_PLACE, description="the last sequence_number seen")
+    ] = None,
 ) -> Response:
     """The job's events as they happen, from the first or behind `starting_after` (or `Last-Event-ID`), to its end."""
     after = starting_after if starting_after is not None else _last_event_id(request)
@@ -131,7 +133,7 @@ async def job_events(
         if (await use.ledger.get(job_id, tenant)).terminal:
             await events.aclose()
             return Response(status_code=204)  # tells an EventSource that there is nothing to reconnect for
-        if not await use.ledger.events(job_id, tenant, after=after - 1, count=1):
+        if after >= 0 and not await use.ledger.events(job_id, tenant, after=after - 1, count=1):
             raise InvalidRequest(f"the job has no event {after} yet", param="starting_after")
     return EventStream(_event_frames(first, events), stop=use.hub.draining)
 

@@ -1,15 +1,13 @@
 """Request headers that say how an answer is wanted: Prefer, Idempotency-Key, and the OpenAI SDK's retry count."""
 
-import re
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
+from inferfleet.tasks.calls import check_idempotency_key
 from inferfleet.tasks.errors import InvalidRequest
 
 MAX_WAIT_SECONDS = 60
-MAX_KEY_CHARS = 255
-PRINTABLE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,9 @@ def read_idempotency_key(headers: Headers) -> str | None:
     keys = headers.getlist("idempotency-key")
     if not keys:
         return None
-    if len(keys) > 1 or len(keys[0]) > MAX_KEY_CHARS or not PRINTABLE.fullmatch(keys[0]):
-        raise InvalidRequest(
-            f"Idempotency-Key must be one header of 1 to {MAX_KEY_CHARS} printable ASCII characters",
-            param="Idempotency-Key",
-        )
+    if len(keys) > 1:
+        raise InvalidRequest("give one Idempotency-Key, not several", param="Idempotency-Key")
+    check_idempotency_key(keys[0], "Idempotency-Key")
     return keys[0]
 
 
