@@ -37,6 +37,14 @@ MAX_CONNECTIONS = 10_000
 #: "Error running script ...: -".
 REFUSAL = re.compile(r"(^|: -)(MISCONF|OOM|NOREPLICAS|READONLY|MASTERDOWN|LOADING|BUSY)\b")
 
+#: The same where redis-py takes the first word off and makes a class of it.
+REFUSALS = (exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.MasterDownError)
+
+
+def refuses_writes(error: exceptions.ResponseError) -> bool:
+    """Whether a server's error says that it cannot write now, rather than that the command is wrong."""
+    return isinstance(error, REFUSALS) or REFUSAL.search(str(error)) is not None
+
 
 @contextmanager
 def as_unavailable() -> Iterator[None]:
@@ -48,7 +56,7 @@ def as_unavailable() -> Iterator[None]:
     except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
         raise LedgerUnavailable(f"the ledger (Redis) does not answer: {type(error).__name__}", retry_after=1) from error
     except exceptions.ResponseError as error:
-        if not REFUSAL.search(str(error)) and not isinstance(error, exceptions.OutOfMemoryError):
+        if not refuses_writes(error):
             raise
         raise LedgerUnavailable("the ledger (Redis) refuses to write now", retry_after=5) from error
 

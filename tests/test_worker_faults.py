@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import redis
 from fleet import Fleet, assert_published_once, until
 
 from inferfleet.workers.janitor import Janitor
@@ -188,6 +189,45 @@ def test_jobs_in_flight_survive_a_restart_of_redis(own_redis, tmp_path):
         assert fleet.wait(fleet.submit("tokens=2")).state == "completed"
     finally:
         fleet.close()
+
+
+@pytest.mark.parametrize("trouble", ["NOREPLICAS", "MISCONF"])
+def test_a_worker_outlives_a_redis_that_refuses_to_write(own_redis, tmp_path, trouble):
+    fleet = Fleet(own_redis.url, tmp_path)
+    try:
+        worker = fleet.start_worker(run_slots=1)
+        client = fleet.ledger.redis
+        assert fleet.wait(fleet.submit("tokens=2")).state == "completed"
+        runs = until(lambda: [child for child in worker.children() if "inferfleet.workers.runs" in child.cmdline()])[0]
+
+        if trouble == "NOREPLICAS":
+            client.config_set("min-replicas-to-write", 1)
+        else:
+            fill_the_disk(client, own_redis.folder)
+        until(lambda: sum(trouble in line["event"] for line in worker.lines()) >= 5)
+        client.config_set("min-replicas-to-write", 0)
+        client.config_set("stop-writes-on-bgsave-error", "no")
+
+        assert fleet.wait(fleet.submit("tokens=2")).state == "completed"
+        assert worker.alive and runs.is_running() and runs.status() != "zombie"
+        assert not worker.lines("runs_process_died")
+    finally:
+        fleet.close()
+
+
+def fill_the_disk(client, folder):
+    """A snapshot that cannot be put in its place makes Redis refuse writes, and PING too, as on a full disk."""
+    (folder / "dump.rdb").mkdir()
+    client.config_set("save", "3600 1")
+    client.bgsave()
+
+    def refused():
+        try:
+            client.set("probe", "x")
+        except redis.ResponseError as error:
+            return "MISCONF" in str(error)
+
+    until(refused)
 
 
 def test_five_hundred_jobs_all_end_once_whatever_dies(fleet):

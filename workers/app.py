@@ -9,9 +9,13 @@ What Celery 5.7 on Redis does by itself and what is asked of it here:
 - With prefetch disabled a full worker hears of a free slot only when its event loop wakes, up to a second late: the
   pool wakes it.
 - It waits up to 30 s between attempts to reach Redis again: here 2 s.
+- A Redis that answers but refuses to write (disk or memory full, replicas gone) ends a stock worker: here that counts
+  as a Redis that is away.
 """
 
+import functools
 import socket
+import time
 from functools import partial
 from typing import Any
 
@@ -22,12 +26,17 @@ from celery.worker.request import Request
 from kombu.asynchronous import Hub
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
+from kombu.transport import redis as kombu_redis
+from redis import exceptions
 
 from inferfleet.tasks import names
 from inferfleet.tasks.doorbell import broker_url
+from inferfleet.tasks.ledger import refuses_writes
 from inferfleet.tasks.settings import Settings
 
 RECONNECT_FIRST, RECONNECT_STEP, RECONNECT_MAX = 0.2, 0.3, 2.0
+#: Seconds before the next attempt after Redis refused a write.
+REFUSED_WAIT = 1.0
 #: How long Celery keeps the result of an `inferfleet.run` for whoever called it.
 RESULT_SECONDS = 86400
 
@@ -84,13 +93,61 @@ def make_app(settings: Settings, queues: list[str]) -> FleetApp:
     return app
 
 
+class WritesRefused(exceptions.ConnectionError):
+    """Redis answers but does not write now. A connection error, for Celery mends those by trying again."""
+
+
+@functools.cache
+def patient(base: type) -> type:
+    """A class of Redis connections like `base`, on which a refused write raises WritesRefused."""
+
+    def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return base.read_response(self, *args, **kwargs)  # type: ignore[attr-defined]
+        except exceptions.ResponseError as error:
+            if refuses_writes(error):
+                raise WritesRefused(str(error)) from error
+            raise
+
+    return type(f"Patient{base.__name__}", (base,), {"read_response": read_response})
+
+
+class PatientChannel(kombu_redis.Channel):
+    """Kombu's channel on patient connections, whichever kind the URL asks for."""
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        params: dict[str, Any] = super()._connparams(asynchronous)
+        return params | {"connection_class": patient(params.get("connection_class") or self.connection_class)}
+
+
+class PatientTransport(kombu_redis.Transport):
+    """Kombu's transport with patient channels."""
+
+    Channel = PatientChannel
+
+
 class PatientConsumer(Consumer):
-    """Celery's consumer, sooner back after Redis was away."""
+    """Celery's consumer, sooner back after Redis was away, and one that outlives a Redis that refuses to write."""
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        super().on_connection_error_before_connected(exc)
+        _wait_if_refused(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        _wait_if_refused(exc)
 
     def ensure_connected(self, conn: Connection) -> Connection:
         sooner = {"interval_start": RECONNECT_FIRST, "interval_step": RECONNECT_STEP, "interval_max": RECONNECT_MAX}
+        vars(conn)["get_transport_cls"] = lambda: PatientTransport
         vars(conn)["ensure_connection"] = partial(conn.ensure_connection, **sooner)
         return super().ensure_connected(conn)
+
+
+def _wait_if_refused(exc: Exception) -> None:
+    """Connecting works while writes are refused, so nothing else would slow the attempts down."""
+    if isinstance(exc, WritesRefused):
+        time.sleep(REFUSED_WAIT)
 
 
 class WakingPool(TaskPool):
