@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ from redis.retry import Retry
 
 from inferfleet.tasks.client import Client
 from inferfleet.tasks.errors import LedgerUnavailable
-from inferfleet.workers import cli, cli_chat
+from inferfleet.workers import cli, cli_chat, embedded
 from inferfleet.workers.embedded import find_server, start_redis
 from inferfleet.workers.keys import digest
 from inferfleet.workers.processes import ChildFailed, start_child
@@ -288,6 +289,27 @@ def test_the_embedded_redis_wants_its_password(redis_binary_path, tmp_path):
     with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
         stranger.ping()
     assert server.url not in " ".join(psutil.Process(server.child.process.pid).cmdline())
+    server.child.stop(10)
+
+
+def test_the_embedded_redis_is_up_only_when_it_has_read_its_data(redis_binary_path, tmp_path, monkeypatch):
+    import redis
+
+    start = partial(start_redis, Path(redis_binary_path), tmp_path, tmp_path / "redis.log")
+    server = start()
+    with redis.Redis.from_url(server.url) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(4000):
+            pipeline.set(f"key{number}", number)
+        pipeline.execute()
+    server.child.stop(10)
+
+    monkeypatch.setattr(embedded, "CONFIG", embedded.CONFIG + "key-load-delay 200\n")
+    server = start()
+
+    with redis.Redis.from_url(server.url, retry=None) as client:
+        assert client.info()["loading"] == 0
+        assert client.get("key3999") == b"3999"
     server.child.stop(10)
 
 

@@ -227,6 +227,14 @@ def test_a_redis_that_is_too_old_is_refused_even_for_throw_away_use(ledger, monk
         check_redis(ledger, allow_unsafe=True)
 
 
+def test_a_redis_that_still_reads_its_data_is_not_called_unfit(ledger, monkeypatch):
+    info = {"redis_version": "7.0.15", "loading": 1, "aof_enabled": 0}
+    monkeypatch.setattr(ledger.redis, "info", lambda: info)
+
+    with pytest.raises(errors.LedgerUnavailable, match="still loading its data"):
+        check_redis(ledger, allow_unsafe=False)
+
+
 def test_a_service_that_hides_its_policy_is_believed():
     assert complaints_about(Standing("7.2.4", eviction=None, append_only=True, fsync=None)) == []
 

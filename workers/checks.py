@@ -7,7 +7,7 @@ from typing import Any
 import redis
 from redis import exceptions
 
-from inferfleet.tasks.errors import RedisMisconfigured
+from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 from inferfleet.tasks.ledger import Ledger, as_unavailable
 
 OLDEST = (6, 2)
@@ -35,7 +35,8 @@ class Standing:
 def check_redis(ledger: Ledger, *, allow_unsafe: bool) -> tuple[Standing, list[str]]:
     """The server's standing, and the complaints that `allow_unsafe` lets pass.
 
-    Raises RedisMisconfigured with the command that mends it, LedgerUnavailable if Redis does not answer.
+    Raises RedisMisconfigured with the command that mends it, LedgerUnavailable if Redis does not answer or still reads
+    its data.
     """
     with as_unavailable():
         standing = ask(ledger.redis)
@@ -53,8 +54,13 @@ def check_redis(ledger: Ledger, *, allow_unsafe: bool) -> tuple[Standing, list[s
 
 
 def ask(client: "redis.Redis") -> Standing:
-    """Read version, eviction policy and persistence. INFO alone tells enough where CONFIG is forbidden."""
+    """Read version, eviction policy and persistence. INFO alone tells enough where CONFIG is forbidden.
+
+    Raises LedgerUnavailable while the server reads its data: until then it says that it keeps no append-only file.
+    """
     info: Mapping[str, Any] = client.info()
+    if int(info.get("loading", 0)):
+        raise LedgerUnavailable("the ledger (Redis) is still loading its data; try again shortly", retry_after=1)
     config: Mapping[Any, Any] = {}
     try:
         config = client.config_get("maxmemory-policy", "appendonly", "appendfsync")

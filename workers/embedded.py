@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import redis
+from redis import exceptions
+
 from inferfleet.workers.processes import Child, start_child
 
-READY_SECONDS = 20.0
+#: Reading the append-only file of a long life may take minutes; a server that ends is noticed at once.
+READY_SECONDS = 600.0
+PING_SECONDS = 2.0
 
 CONFIG = """\
 bind 127.0.0.1
@@ -68,8 +73,10 @@ def start_redis(binary: Path, folder: Path, log: Path) -> EmbeddedRedis:
     # The configuration goes through stdin: a password among the arguments would show in `ps`.
     config = CONFIG.format(port=port, password=password, folder=_quoted(folder))
     child = start_child("redis", [str(binary), "-"], log=log, stdin=config.encode())
-    child.wait_until(lambda: _accepts(port), READY_SECONDS, "accept connections")
-    return EmbeddedRedis(child, f"redis://:{password}@127.0.0.1:{port}/0", str(binary))
+    url = f"redis://:{password}@127.0.0.1:{port}/0"
+    with redis.Redis.from_url(url, socket_timeout=PING_SECONDS, retry=None) as client:
+        child.wait_until(lambda: _answers(client), READY_SECONDS, "read its data")
+    return EmbeddedRedis(child, url, str(binary))
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -80,12 +87,15 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-def _accepts(port: int) -> bool:
+def _answers(client: "redis.Redis") -> bool:
+    """Whether the server has read its data: until then it takes connections, and refuses every command."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=0.5):
-            return True
-    except OSError:
+        client.ping()
+    except exceptions.ResponseError:
+        return True  # up, and with a complaint that is not this function's
+    except (exceptions.RedisError, OSError):
         return False
+    return True
 
 
 def _quoted(path: Path) -> str:
