@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 #: Seconds that one connection attempt may take: whoever submits should not wait for a broker that is away.
 CONNECT_TIMEOUT = 2.0
+#: No more turns than this wait for one model. Where no worker takes them they would pile up for ever, since a cancelled
+#: job leaves its turn behind; the sweeper rings for jobs that wait beyond it.
+MAX_RUNG = 10_000
 
 
 def broker_url(redis_url: str) -> str:
@@ -40,19 +43,23 @@ class Doorbell:
         self._lock = threading.Lock()
 
     def ring(self, model: str, times: int = 1) -> bool:
-        """Ask that somebody carry `times` jobs of a model. False when the broker could not be told."""
+        """Ask that somebody carry `times` jobs of a model, unless MAX_RUNG turns wait. False when the broker could not
+        be told."""
         with self._lock:  # two first rings would make two apps
             app = self._app
         from kombu.exceptions import OperationalError
         from redis.exceptions import RedisError
 
+        queue = names.turn_queue(model, self._namespace)
         try:
             with app.producer_pool.acquire(block=True) as producer:
-                for _ in range(times):
+                # The broker is Redis, where kombu keeps a queue in a list of its name.
+                room = MAX_RUNG - producer.channel.client.llen(queue)
+                for _ in range(min(times, room)):
                     app.send_task(
                         names.TURN_TASK,
                         args=[model],
-                        queue=names.turn_queue(model, self._namespace),
+                        queue=queue,
                         producer=producer,
                         ignore_result=True,
                         retry=False,

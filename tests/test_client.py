@@ -10,7 +10,7 @@ import pytest
 import redis
 from ledger_moves import claim, delta
 
-from inferfleet.tasks import names
+from inferfleet.tasks import doorbell, names
 from inferfleet.tasks.client import AsyncClient, Client
 from inferfleet.tasks.contracts import JobRequest, parse_chat
 from inferfleet.tasks.errors import (
@@ -268,3 +268,16 @@ def test_a_place_in_the_events_that_no_number_can_be_is_refused(client, after):
     with pytest.raises(InvalidRequest, match="between -1 and") as refused:
         list(client.stream(job.id, after=after))
     assert refused.value.param == "after"
+
+
+def test_turns_that_nobody_takes_do_not_pile_up_for_ever(client, redis_url, monkeypatch):
+    monkeypatch.setattr(doorbell, "MAX_RUNG", 3)
+    for _ in range(5):
+        client.cancel(client.submit(CHAT).id)
+    assert len(turns(redis_url)) == 3
+
+    bell = doorbell.Doorbell(redis_url, "test")
+    assert bell.ring("m")
+    assert bell.ring("other", 5)
+    bell.close()
+    assert [len(turns(redis_url)), len(turns(redis_url, "other"))] == [3, 3]

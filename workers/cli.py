@@ -139,7 +139,7 @@ class TextReport:
         out.print(f"{name:<16} ready in {seconds:6.2f} s   {detail}", markup=False)
 
     def note(self, text: str) -> None:
-        out.print(text, markup=False)
+        out.print(text, markup=False, soft_wrap=True)  # addresses are copied from here
 
 
 class JsonReport:
