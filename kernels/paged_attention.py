@@ -119,7 +119,8 @@ def paged_attention(
     q [T, h, D]; k_cache, v_cache [blocks, block_size, kv_heads, D] with h a multiple of kv_heads; block_tables
     [R, max_blocks] int32; query_start [R+1] int32; seq_lens [R] int32, the context including this step's tokens.
     max_query_len (longest row of this batch) is a hint that a device path may use to pick its tiling.
-    A row's result does not depend on the other rows.
+    A token's result does not depend on the other rows, nor in the C++ path on how its prompt was cut into chunks
+    (but for a chunk of one token, which is computed as a decoding step).
     """
     del max_query_len
     native = _native() if _takes(q, k_cache, v_cache) else None

@@ -4,6 +4,8 @@ Tolerances: float32 to 2e-5 (softmax in another order of sums); bfloat16 to one 
 the size of the values (2^-7).
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -123,6 +125,22 @@ def test_a_row_alone_gives_bit_for_bit_what_it_gives_in_a_batch(threads, dtype):
             scale=0.125,
         )
         assert torch.equal(alone, together[mine]), f"row {row}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 49, 150])
+def test_a_prompt_gives_bit_for_bit_the_same_however_it_is_cut_into_chunks(window, dtype):
+    q, *caches, tables, _, _ = ragged([(300, 300)], heads=4, kv_heads=2, dtype=dtype)
+
+    def chunk(begin, end):
+        starts = torch.tensor([0, end - begin], dtype=torch.int32)
+        context = torch.tensor([end], dtype=torch.int32)
+        return paged.paged_attention(q[begin:end], *caches, tables, starts, context, scale=0.125, window=window)
+
+    whole = chunk(0, 300)
+    for cuts in ([0, 100, 300], [0, 37, 39, 260, 300], [0, 255, 300]):
+        parts = [chunk(begin, end) for begin, end in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole), cuts
 
 
 def test_queries_may_be_a_slice_of_wider_rows():

@@ -125,8 +125,11 @@ template <class T> void run_tile(const Problem<T> &p, const Task &task) {
     }
     std::fill_n(tile.out, tile.rows * tile.columns, 0.0f);
     const int64_t last = before + task.end;
-    for (int64_t begin = p.first_key(before + task.begin); begin < last; begin += tile_keys) {
-        const int64_t count = std::min(tile_keys, last - begin);
+    // Tiles of keys end at fixed places, and begin at an even key where the block before surely holds it: then a
+    // token's sums do not depend on how its prompt was cut into chunks.
+    const int64_t low = p.first_key(before + task.begin), even = p.block_size % 2 ? low : low / 2 * 2;
+    for (int64_t begin = even, count; begin < last; begin += count) {
+        count = std::min(tile_keys - begin % tile_keys, last - begin);
         int64_t offsets[tile_keys];
         p.locate(offsets, task.row, task.kv_head, begin, begin + count);
         load_keys(tile, p, offsets, count);
