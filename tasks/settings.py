@@ -89,6 +89,8 @@ class Settings(BaseSettings):
     run_slots: int = Field(default=32, ge=0, le=4096)
     #: An engine that should move but did not for this long is ended.
     stall_seconds: Seconds = 60
+    #: An engine that has not loaded its model within this long is ended and started again.
+    load_seconds: Seconds = 1800
 
     api_host: str = "127.0.0.1"
     api_port: Port = 8000

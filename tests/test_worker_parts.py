@@ -7,6 +7,8 @@ import threading
 import time
 
 import pytest
+from fake_worker import SCRIPTED
+from fleet import until
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
@@ -23,6 +25,7 @@ from inferfleet.workers.gate import Gate
 from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
 from inferfleet.workers.patience import until_answered
 from inferfleet.workers.publisher import Publisher
+from inferfleet.workers.resident import Resident, State
 
 OPEN = threading.Event()
 
@@ -165,7 +168,7 @@ def test_a_child_that_dies_while_loading_says_how():
     child, _ = EngineChild.start(("/bin/sh", "-c", "exit 3"), "cpu")
 
     with pytest.raises(EngineGone, match="status 3"):
-        child.load("m", {})
+        child.load("m", {}, 60)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,55 @@ def test_a_device_that_is_hidden_is_refused_by_name(visible):
 def test_an_engine_that_cannot_be_started_is_refused():
     with pytest.raises(LoadRefused, match="cannot be started"):
         EngineChild.start(("/nowhere/python",), "cpu")
+
+
+# Resident ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resident(monkeypatch):
+    """resident(path, on_change=..., load_seconds=...) starts one with a scripted engine."""
+    monkeypatch.setattr("inferfleet.workers.resident.BACKOFF", (0.0, 0.01))
+    publisher = Publisher(lambda batch: ["ok"] * len(batch), cancel=lambda flight: None)
+    started = []
+
+    def start(path="fake", on_change=lambda resident: None, **options):
+        spec = {"path": path, "device": "cpu", "max_num_seqs": 1}
+        started.append(Resident("m", spec, command=SCRIPTED, publisher=publisher, on_change=on_change, **options))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+    publisher.stop()
+
+
+def test_an_engine_that_hangs_while_loading_is_killed_and_after_three_times_the_model_has_failed(resident):
+    hanging = resident("load=3600", load_seconds=0.2)
+
+    until(lambda: hanging.state is State.FAILED)
+
+    assert "had not loaded within 0.2 s (load_seconds), 3 times" in hanging.failure["message"]
+
+
+def test_whatever_breaks_around_an_engine_it_is_started_again(resident, monkeypatch):
+    start, trouble = EngineChild.start, [OSError(24, "Too many open files")]
+
+    def start_or_break(*args):
+        if trouble:
+            raise trouble.pop()
+        return start(*args)
+
+    def on_change(resident):
+        if resident.state is State.READY and resident.num_restarts == 0:
+            raise RuntimeError("the listener fails")
+
+    monkeypatch.setattr(EngineChild, "start", start_or_break)
+    survivor = resident(on_change=on_change)
+
+    until(lambda: survivor.state is State.READY and survivor.num_restarts == 1)
+    assert not trouble
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -74,8 +74,30 @@ class EngineChild:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, model: str, spec: Mapping[str, Any]) -> Message:
-        """Load a model and wait for it; returns the card. Raises LoadRefused, EngineGone."""
+    def load(self, model: str, spec: Mapping[str, Any], seconds: float) -> Message:
+        """Load a model and wait for it up to so many seconds; then the process is killed. Returns the card.
+
+        Raises LoadRefused, EngineGone.
+        """
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.kill()
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._load(model, spec)
+        except EngineGone:
+            if late.is_set():
+                raise EngineGone(f"the engine process had not loaded within {seconds:g} s (load_seconds)") from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _load(self, model: str, spec: Mapping[str, Any]) -> Message:
         self._send({"op": "load", "model": model, "spec": dict(spec)})
         for message in self.receive():
             if message["op"] == "ready":

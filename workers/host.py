@@ -6,7 +6,7 @@ from inferfleet.tasks.settings import ModelSpec
 from inferfleet.workers.child import ENGINE_COMMAND
 from inferfleet.workers.flight import Flight
 from inferfleet.workers.publisher import Publisher
-from inferfleet.workers.resident import Resident
+from inferfleet.workers.resident import LOAD_SECONDS, Resident
 
 #: What of a model's settings the engine process needs; the rest is the worker's.
 SPEC_FIELDS = set(ModelSpec.model_fields) - {"eager"}
@@ -22,11 +22,17 @@ class Host:
         publisher: Publisher,
         on_change: Callable[[Resident], None],
         command: Sequence[str] = ENGINE_COMMAND,
+        load_seconds: float = LOAD_SECONDS,
     ) -> None:
         self._specs = dict(models)
         self._residents = {
             model: Resident(
-                model, spec.model_dump(include=SPEC_FIELDS), command=command, publisher=publisher, on_change=on_change
+                model,
+                spec.model_dump(include=SPEC_FIELDS),
+                command=command,
+                publisher=publisher,
+                on_change=on_change,
+                load_seconds=load_seconds,
             )
             for model, spec in models.items()
         }

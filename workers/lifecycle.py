@@ -59,7 +59,13 @@ class Lifecycle:
         ttl = LIVES * settings.heartbeat_seconds
         self._meter = Meter()
         self._publisher = Publisher(lambda batch: publish_all(ledger, batch), self._cancel)
-        self._host = Host(models, publisher=self._publisher, on_change=self._on_change, command=engine_command)
+        self._host = Host(
+            models,
+            publisher=self._publisher,
+            on_change=self._on_change,
+            command=engine_command,
+            load_seconds=settings.load_seconds,
+        )
         self._meter.engines.residents = self._host.residents()
         doorbell = Doorbell(settings.redis_url, settings.namespace)
         self._porter = Porter(settings, self.name, ledger, self._host, doorbell, self._meter)

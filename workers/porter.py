@@ -66,9 +66,11 @@ class Porter:
 
     def refuse_waiting(self, resident: Resident) -> str:
         """Fail the jobs of a model that cannot be loaded, so that nobody waits for it for ever."""
+        failure = resident.failure or {}
+        error = failure | {"message": f"the model {resident.model} cannot be loaded: {failure.get('message')}"}
         while (claim := self._claim(resident.model)) is not None:
             with logs.bound(job_id=claim.job_id, model=resident.model):
-                self._complete(claim, "failed", error=resident.failure)
+                self._complete(claim, "failed", error=error)
         return "refused"
 
     def _ready(self, resident: Resident) -> bool:

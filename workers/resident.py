@@ -21,6 +21,8 @@ from inferfleet.workers.publisher import Publisher
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 #: Deaths while loading, in a row, after which the model counts as one that cannot load.
 MAX_LOAD_DEATHS = 3
+#: How long an engine may take to load.
+LOAD_SECONDS = 1800.0
 #: How long a cancelled request may take to say what it used.
 CANCEL_SECONDS = 5.0
 
@@ -48,6 +50,7 @@ class Resident:
         command: Sequence[str],
         publisher: Publisher,
         on_change: Callable[["Resident"], None],
+        load_seconds: float = LOAD_SECONDS,
     ) -> None:
         self.model = model
         self.state = State.IDLE
@@ -62,6 +65,7 @@ class Resident:
         self._command = command
         self._publisher = publisher
         self._on_change = on_change
+        self._load_seconds = load_seconds
         self._gate = Gate()
         self._lock = threading.RLock()
         self._child: EngineChild | None = None
@@ -216,20 +220,22 @@ class Resident:
     def _supervise(self) -> None:
         deaths, load_deaths = 0, 0
         while not self._stopping.wait(BACKOFF[min(deaths, len(BACKOFF) - 1)]):
+            useful = False
             try:
                 child = self._bring_up()
+                load_deaths = 0
+                useful = self._live(child)
             except LoadRefused as refusal:
                 return self._give_up(refusal.code, refusal.message)
             except EngineGone as death:
-                deaths, load_deaths = deaths + 1, load_deaths + 1
+                load_deaths += 1
                 log.error("engine_died_loading", model=self.model, deaths=load_deaths, reason=str(death))
                 if load_deaths == MAX_LOAD_DEATHS:
                     return self._give_up("engine_error", f"{death}, {load_deaths} times in a row while loading")
-                continue
-            load_deaths = 0
-            useful = self._read(child)
+            except Exception:
+                # No file descriptor left, or a listener that failed: no reason to leave the model without an engine.
+                log.exception("engine_care_broke", model=self.model)
             deaths = 1 if useful else deaths + 1
-            self._bury(child)
         return None
 
     def _bring_up(self) -> EngineChild:
@@ -241,15 +247,27 @@ class Resident:
                 child.kill()
         log.info("engine_loading", model=self.model, pid=child.pid)
         try:
-            self.card = child.load(self.model, self._spec | {"device": device})
-        except (LoadRefused, EngineGone):
+            self.card = child.load(self.model, self._spec | {"device": device}, self._load_seconds)
+        except Exception as error:
             with self._lock:
                 self._child = None
+            if not isinstance(error, LoadRefused):
+                child.kill()
             child.reap()
             raise
         log.info("engine_ready", model=self.model, pid=child.pid, load_seconds=self.card.get("load_seconds"))
-        self._become(State.READY)
         return child
+
+    def _live(self, child: EngineChild) -> bool:
+        """From ready to its end; answers whether it got any request done. Nothing of it is ever left."""
+        try:
+            self._become(State.READY)
+            return self._read(child)
+        except Exception:
+            child.kill()
+            raise
+        finally:
+            self._bury(child)
 
     def _read(self, child: EngineChild) -> bool:
         """Read until the process is gone; answers whether it got any request done."""
@@ -299,15 +317,17 @@ class Resident:
             lost = [flight for flight in self._aboard.values() if flight.usage is None and flight.ending is None]
             before_gate = [flight for flight in self._flights if flight.engine_id not in self._aboard]
         stopping = self._stopping.is_set()
-        self._become(State.STOPPED if stopping else State.LOADING)
-        if not stopping:
-            self.num_restarts += 1
-            log.error("engine_died", model=self.model, pid=child.pid, reason=child.last_words(), flights=len(lost))
-        for flight in [*before_gate, *(lost if stopping else ())]:
-            flight.end(Ending.RELEASED)
-        self._crash(lost)
-        self._gate.recheck()
-        child.reap()
+        try:
+            self._become(State.STOPPED if stopping else State.LOADING)
+        finally:
+            if not stopping:
+                self.num_restarts += 1
+                log.error("engine_died", model=self.model, pid=child.pid, reason=child.last_words(), flights=len(lost))
+            for flight in [*before_gate, *(lost if stopping else ())]:
+                flight.end(Ending.RELEASED)
+            self._crash(lost)
+            self._gate.recheck()
+            child.reap()
 
     def _crash(self, flights: Sequence[Flight]) -> None:
         for flight in flights:
@@ -317,7 +337,7 @@ class Resident:
     def _give_up(self, code: str, message: str) -> None:
         if self._stopping.is_set():
             return
-        self.failure = _error(code, f"the model {self.model} cannot be loaded: {message}")
+        self.failure = _error(code, message)
         log.error("model_failed", model=self.model, code=code, reason=message)
         self._become(State.FAILED)
 
