@@ -322,6 +322,14 @@ def test_a_child_that_dies_at_its_start_is_told_with_the_end_of_its_log(tmp_path
         child.wait_until(lambda: False, 30, "come up")
 
 
+def test_the_log_of_a_part_that_died_is_kept_when_it_is_started_again(tmp_path):
+    for words in ("first", "second"):
+        start_child("part", ["echo", words], log=tmp_path / "part.log").process.wait()
+
+    assert (tmp_path / "part.log").read_text() == "second\n"
+    assert (tmp_path / "part.log.1").read_text() == "first\n"
+
+
 # up ------------------------------------------------------------------------------------------------------------------
 
 

@@ -87,8 +87,13 @@ def start_child(
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
 ) -> Child:
-    """Starts a process in its own session, so that Ctrl-C reaches the supervisor alone and it decides the order."""
+    """Starts a process in its own session, so that Ctrl-C reaches the supervisor alone and it decides the order.
+
+    The log of the one before, which may tell why it died, is kept beside it as `.1`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(log.name + ".1"))
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
