@@ -25,6 +25,7 @@ from inferfleet.workers.gate import Gate
 from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
 from inferfleet.workers.patience import until_answered
 from inferfleet.workers.publisher import Publisher
+from inferfleet.workers.requests import usage_of
 from inferfleet.workers.resident import Resident, State
 
 OPEN = threading.Event()
@@ -159,6 +160,34 @@ def test_a_flight_that_may_not_publish_ends_and_is_cancelled_in_the_engine(word,
     assert flight.ended.wait(10) and flight.ending is ending
     publisher.stop()
     assert cancelled == [flight]
+
+
+def test_a_flight_that_cannot_be_published_takes_no_other_with_it():
+    def publish(batch):
+        if any("bad" in event["delta"] for _, out in batch for event in out.events):
+            raise UnicodeEncodeError("utf-8", "bad", 0, 1, "surrogates not allowed")
+        return ["ok"] * len(batch)
+
+    good, bad = Flight("job_1", 1, "m"), Flight("job_2", 1, "m")
+    publisher = Publisher(publish, cancel=lambda flight: None)
+    for flight, words in ((good, "good"), (bad, "bad")):
+        flight.absorb(delta(words))
+        flight.finish({"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0})
+    publisher.touch([good, bad], urgent=True)
+
+    assert good.ended.wait(10) and bad.ended.wait(10)
+    assert (good.ending, bad.ending) == (Ending.FINISHED, Ending.FAILED)
+    publisher.stop()
+
+
+def test_a_resumed_flight_that_is_stopped_before_the_engine_still_counts_what_was_published():
+    event = {"type": "response.output_text.delta", "index": 0, "delta": "ab", "token_ids": [1, 2], "logprobs": None}
+    flight = Flight("job_1", 2, "m", published=[event])
+    flight.finish({})
+
+    usage = usage_of(flight)
+
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (2, 2)
 
 
 # Child ---------------------------------------------------------------------------------------------------------------

@@ -60,10 +60,19 @@ class Publisher:
             try:
                 self._flush(going)
             except Exception:
-                # A fault of ours or of Redis that repeating does not mend: these jobs fail, the worker goes on.
+                # A fault of ours or of Redis that repeating does not mend. One by one, the healthy ones get through:
+                # what was sent before is sent with the same token and lands once.
                 log.exception("publish_broke", flights=len(going))
                 for flight in going:
-                    flight.end(Ending.FAILED, errors.EngineError("the answer could not be published").to_dict())
+                    self._flush_alone(flight)
+
+    def _flush_alone(self, flight: Flight) -> None:
+        """Fails no more than this one."""
+        try:
+            self._flush([flight] if flight.ending is None else [])
+        except Exception:
+            log.exception("publish_failed", job_id=flight.job_id)
+            flight.end(Ending.FAILED, errors.EngineError("the answer could not be published").to_dict())
 
     def _next(self) -> list[Flight]:
         """The flights of the next flush; none = stop."""

@@ -33,9 +33,10 @@ def engine_request(claim: Claim, job: JobRequest, flight: Flight) -> dict[str, A
 
 
 def usage_of(flight: Flight) -> dict[str, Any]:
-    """OpenAI's usage object; zeros where a request was stopped before it reached the engine."""
+    """OpenAI's usage object. Of a request that was stopped before it reached the engine only the tokens that earlier
+    attempts published are known; the rest is zero."""
     usage = flight.usage or {}
-    prompt, completion = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+    prompt, completion = usage.get("prompt_tokens", 0), usage.get("completion_tokens", flight.resumed_tokens)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
