@@ -58,6 +58,8 @@ def test_the_drawing_shows_every_class_under_its_parent_with_its_status_and_code
         parents[depth - 1 :] = [name]
         drawn[name] = (parents[-2] if len(parents) > 1 else "Exception", figures)
     for cls in error_classes():
+        if cls.__module__ != errors.__name__:
+            continue  # a room's own error, of a module that another test has imported
         parent, figures = drawn.pop(cls.__name__)
         assert parent == cls.__bases__[0].__name__
         if cls.code in CODES:

@@ -254,7 +254,8 @@ def test_five_hundred_jobs_all_end_once_whatever_dies(fleet):
         assert_published_once(fleet.ledger, record, 12)
     # All three faults hit jobs: leases lapsed, an engine was buried, and the stopped worker found its leases gone.
     assert max(record.deaths for record in records) >= 1
-    assert steady.lines("engine_died") and replacement.lines("lease_lost")
+    assert steady.lines("engine_died")
+    until(lambda: replacement.lines("lease_lost"))
     assert fleet.ledger.stats().get("m", {"running": 0})["running"] == 0
 
 
