@@ -28,7 +28,7 @@ from inferfleet.engine.loader import EngineSpec, Loaded, load_engine
 from inferfleet.engine.output import StepOutput
 from inferfleet.engine.sampling_params import SamplingParams
 from inferfleet.engine.text.chat import ChatTemplateError
-from inferfleet.kernels import threads
+from inferfleet.kernels import build, threads
 
 #: While it computes, the child says so at least this often, so that a stalled engine is told from a slow one.
 SIGN_OF_LIFE_SECONDS = 1.0
@@ -69,7 +69,9 @@ class Child:
             self._send({"op": "failed", "code": code, "message": str(error) or type(error).__name__})
             raise
         self._send({"op": "ready", "card": loaded.card})
-        log.info("ready", extra={"fields": {"model": message.get("model"), **loaded.card}})
+        # Says which C++ kernels run, or why the slower references do.
+        facts = {"model": message.get("model"), "kernels": build.status(), **loaded.card}
+        log.info("ready", extra={"fields": facts})
         return loaded
 
     def _handle(self, loaded: Loaded, message: Mapping[str, Any]) -> None:

@@ -201,6 +201,10 @@ def test_an_unknown_operation_is_logged_and_does_no_harm(child, log):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["op"] for line in lines if line["event"] == "unknown operation"] == ["sing"]
     assert all({"timestamp", "level", "event"} <= set(line) for line in lines)
+    # An operator sees which kernels run: compiled ones, or the references and why.
+    assert [
+        line["kernels"].split()[0].rstrip(":") in ("ready", "no", "failed") for line in lines if "kernels" in line
+    ] == [True]
 
 
 def test_stop_ends_the_process(folder):
