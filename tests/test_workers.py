@@ -198,7 +198,8 @@ def test_a_model_that_refuses_to_load_fails_its_jobs_with_a_typed_error(fleet):
 
 
 def test_a_model_that_one_worker_cannot_load_is_left_to_one_that_can(fleet):
-    fleet.start_worker(models={"m": "load=1"}, wait=False)
+    able = fleet.start_worker(models={"m": "load=1"}, wait=False)
+    until(lambda: able.lines("worker_started"))
     unlucky = fleet.start_worker(models={"m": "refuse"}, wait=False)
     until(lambda: unlucky.lines("model_failed"))
 
