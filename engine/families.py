@@ -16,6 +16,7 @@ from inferfleet.engine.batch import Batch
 from inferfleet.engine.cache import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.model_errors import UnsupportedModel
+from inferfleet.engine.place import Place
 from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 
 #: config.json's architecture -> (family, module, class)
@@ -30,18 +31,18 @@ FAMILIES = {
 class Model(Protocol):
     """What a family's class is to the engine."""
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
-        """Reads its fields from a whole config.json and allocates its weights, unfilled."""
+    def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
+        """Reads its fields from a whole config.json; memory for the weights comes as they are read."""
 
     @property
     def cache_spec(self) -> CacheSpec:
         """The layers that own keys and values."""
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fills the weights; raises WeightsMismatch with every difference."""
+        """Fills the weights and packs each layer that is complete; raises WeightsMismatch with every difference."""
 
     def finalize(self) -> None:
-        """Lays the weights out for the machine; once, after load."""
+        """Lays out what `load` could not; once, after it."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions of a step -> hidden states [T, H], of which those at batch.logits_index count."""
@@ -85,16 +86,16 @@ def load_model(path: str, *, revision: str | None = None, dtype: str = "auto", d
     folder = find_folder(path, revision)
     config = read_config(folder)
     family, model_class = find_family(config.architecture)
-    place, number = _device(device), config.dtype(dtype)
+    place = Place(config.dtype(dtype), _device(device))
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
-    model: Model = model_class(config.raw, dtype=number, device=place)
+    model: Model = model_class(config.raw, place=place)
     clock.lap("build")
     model.load(checkpoint.tensors())
     clock.lap("read")
     model.finalize()
     clock.lap("pack")
-    return LoadedModel(model, config, family, folder, commit_of(folder), number, place, clock.laps)
+    return LoadedModel(model, config, family, folder, commit_of(folder), place.dtype, place.device, clock.laps)
 
 
 def _device(name: str) -> torch.device:

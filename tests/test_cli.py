@@ -20,7 +20,7 @@ import psutil
 import pytest
 import redis
 from live_api import LiveApi, running_api
-from parity.checkpoints import write
+from parity.checkpoints.writing import write
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 

@@ -7,7 +7,7 @@ import sys
 from multiprocessing.connection import Connection
 
 import pytest
-from parity.checkpoints import write
+from parity.checkpoints.writing import write
 
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.process import usable_cores

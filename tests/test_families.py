@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from inferfleet.engine.families import find_family
 from inferfleet.engine.layers.slots import all_slots
+from inferfleet.engine.place import Place
 
 S, F = "sliding_attention", "full_attention"
 GEMMA = {
@@ -78,7 +81,7 @@ PUBLISHED = {
 def build(name):
     architecture, config, *_ = PUBLISHED[name]
     whole = {"text_config": config} if "Conditional" in architecture else config
-    return find_family(architecture)[1](whole, dtype=torch.bfloat16, device=torch.device("meta"))
+    return find_family(architecture)[1](whole, place=Place(torch.bfloat16, torch.device("meta")))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -87,7 +90,7 @@ def test_a_published_size_holds_as_many_weights_and_costs_as_much_cache_as_it_sh
     model = build(name)
     billions, cache = PUBLISHED[name][2:]
     # then it has the published number of weights,
-    held = sum(view.numel() for view in all_slots(model).views.values())
+    held = sum(math.prod(slot.shape) for slot in all_slots(model).tensors.values())
     assert held / 1e9 == pytest.approx(billions, rel=2e-3)
     # and a token costs the bytes that its layers store, in the windowed and in the unbounded part.
     spec = model.cache_spec
@@ -130,7 +133,7 @@ TENSORS = {
 def test_published_tensor_names_and_shapes_have_their_places(name):
     slots = build(name)
     found = all_slots(slots).named(slots._checkpoint_name)
-    places = {**found.views, **{stack: view for stack, (view, _) in found.stacks.items()}}
+    places = {**found.tensors, **{stack: slot for stack, (slot, _) in found.stacks.items()}}
     wanted = {f"model.language_model.{tensor}": shape for tensor, shape in TENSORS[name].items()}
     assert {tensor: list(places[tensor].shape) for tensor in wanted} == wanted
 
@@ -138,6 +141,6 @@ def test_published_tensor_names_and_shapes_have_their_places(name):
 def test_layers_that_share_or_derive_have_no_place_for_what_they_do_not_own():
     shared, derived = build("Gemma 4 E2B"), build("Gemma 4 31B")
     assert not {f"layers.15.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")} & set(
-        all_slots(shared).views
+        all_slots(shared).tensors
     )
-    assert "layers.5.self_attn.v_proj.weight" not in all_slots(derived).views
+    assert "layers.5.self_attn.v_proj.weight" not in all_slots(derived).tensors

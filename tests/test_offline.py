@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from parity.checkpoints import write
+from parity.checkpoints.writing import write
 
 from inferfleet.engine.errors import ContextLengthExceeded, InvalidRequest, LoadError, NumericalError
 from inferfleet.engine.model_errors import ModelUnavailable

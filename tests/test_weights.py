@@ -14,8 +14,10 @@ import torch
 from fakehub import COMMIT, FakeHub
 from safetensors.torch import save, save_file
 
-from inferfleet.engine.layers.slots import Slots, fill
+from inferfleet.engine.layers.linear import Linear
+from inferfleet.engine.layers.slots import Slot, Slots, all_slots, fill
 from inferfleet.engine.model_errors import ModelUnavailable, UnsupportedModel, WeightsMismatch
+from inferfleet.engine.place import Place
 from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 
 #: Asks for each (hub id, revision) in turn, in a process of its own: the hub's client reads its settings on import.
@@ -143,7 +145,7 @@ def test_quantised_tensors_are_refused(tmp_path):
 def test_filling_converts_dtypes_into_parts_of_a_larger_tensor():
     # Given two slots in one matrix,
     stacked = torch.zeros(3, 2)
-    slots = Slots({"q": stacked[:2], "k": stacked[2:]})
+    slots = Slots({"q": Slot.into(stacked[:2]), "k": Slot.into(stacked[2:])})
     # when a bfloat16 checkpoint is read into them, then it lies there in float32.
     fill(slots, [("q", torch.full((2, 2), 0.5, dtype=torch.bfloat16)), ("k", torch.full((1, 2), 3.0))])
     assert stacked.tolist() == [[0.5, 0.5], [0.5, 0.5], [3.0, 3.0]]
@@ -152,7 +154,8 @@ def test_filling_converts_dtypes_into_parts_of_a_larger_tensor():
 def test_every_difference_is_named_in_one_error():
     # Given slots for a, b, and for c as one tensor or two,
     slots = Slots(
-        {name: torch.zeros(2) for name in ("a", "b", "c.0", "c.1")}, {"c": (torch.zeros(2, 2), ("c.0", "c.1"))}
+        {name: Slot.into(torch.zeros(2)) for name in ("a", "b", "c.0", "c.1")},
+        {"c": (Slot.into(torch.zeros(2, 2)), ("c.0", "c.1"))},
     )
     # when the checkpoint lacks b and c, holds another a, and two tensors that nobody asked for,
     given = [("a", torch.zeros(3)), ("x", torch.zeros(1)), ("skipped.y", torch.zeros(1))]
@@ -168,9 +171,28 @@ def test_every_difference_is_named_in_one_error():
 def test_a_stack_may_come_whole_or_in_parts_but_not_twice():
     def slots():
         whole = torch.zeros(2, 2)
-        return Slots({"c.0": whole[0], "c.1": whole[1]}, {"c": (whole, ("c.0", "c.1"))})
+        parts = {"c.0": Slot.into(whole[0]), "c.1": Slot.into(whole[1])}
+        return Slots(parts, {"c": (Slot.into(whole), ("c.0", "c.1"))})
 
     fill(slots(), [("c", torch.ones(2, 2))])
     fill(slots(), [("c.0", torch.ones(2)), ("c.1", torch.ones(2))])
     with pytest.raises(WeightsMismatch, match=r"c\.1"):
         fill(slots(), [("c", torch.ones(2, 2)), ("c.1", torch.ones(2))])
+
+
+def test_a_layer_is_packed_as_soon_as_its_last_tensor_is_there():
+    # Given two layers whose tensors come one after another,
+    place = Place(torch.float32, torch.device("cpu"))
+    model = torch.nn.ModuleDict({"a": Linear(4, {"q": 3, "k": 2}, place=place), "b": Linear(4, {"o": 4}, place=place)})
+    seen = []
+
+    def stream():
+        for name, rows in (("q", 3), ("k", 2), ("o", 4)):
+            seen.append((model["a"].is_packed, model["b"].is_packed))
+            yield f"{name}.weight", torch.ones(rows, 4)
+
+    # when they are filled, then neither waits for the other: two unpacked layers never exist together.
+    fill(all_slots(model), stream())
+    assert seen == [(False, False), (False, False), (True, False)]
+    assert model["b"].is_packed
+    assert model["a"](torch.ones(1, 4)).tolist() == [[4.0] * 5]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fleet import Fleet, deltas
-from parity.checkpoints import write
+from parity.checkpoints.writing import write
 
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams

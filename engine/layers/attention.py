@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from inferfleet.engine.batch import Batch
@@ -12,6 +11,7 @@ from inferfleet.engine.config import Fields
 from inferfleet.engine.layers.linear import Linear
 from inferfleet.engine.layers.norm import RMSNorm
 from inferfleet.engine.model_errors import BadModelConfig
+from inferfleet.engine.place import Place
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ def sliding_window(text: Fields) -> int | None:
 class HeadNormAttention(nn.Module):
     """x [T, H] -> [T, H]: projections, head norms, rotary, attention over the row's context, output projection."""
 
-    def __init__(self, shape: AttentionShape, index: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: AttentionShape, index: int, *, place: Place) -> None:
         """index: this layer's place in the model's CacheSpec."""
         super().__init__()
         self.index, self.head_dim = index, shape.head_dim
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = Linear(shape.hidden, parts, bias=shape.bias, dtype=dtype, device=device)
-        self.output = Linear(q_size, {"o_proj": shape.hidden}, bias=shape.bias, dtype=dtype, device=device)
-        self.q_norm = RMSNorm(shape.head_dim, shape.eps, "llama", dtype=dtype, device=device)
-        self.k_norm = RMSNorm(shape.head_dim, shape.eps, "llama", dtype=dtype, device=device)
+        self.qkv = Linear(shape.hidden, parts, bias=shape.bias, place=place)
+        self.output = Linear(q_size, {"o_proj": shape.hidden}, bias=shape.bias, place=place)
+        self.q_norm = RMSNorm(shape.head_dim, shape.eps, "llama", place=place)
+        self.k_norm = RMSNorm(shape.head_dim, shape.eps, "llama", place=place)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         tokens, d = x.shape[0], self.head_dim

@@ -6,22 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferfleet.engine.layers.slots import Slots, Weighted
+from inferfleet.engine.layers.slots import Slot, Slots, Storage, Weighted
+from inferfleet.engine.place import Place
 from inferfleet.kernels.linear import PackedLinear
 
 
 class Embedding(Weighted):
     """ids [T] -> [T, size], times a fixed scale that is rounded to the weight's dtype (as Gemma was trained)."""
 
-    def __init__(
-        self, num_tokens: int, size: int, *, scale: float = 1.0, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, num_tokens: int, size: int, *, scale: float = 1.0, place: Place) -> None:
         super().__init__()
-        self.weight = torch.empty(num_tokens, size, dtype=dtype, device=device)
-        self.scale = torch.tensor(scale, dtype=dtype).item()
+        self.weight = place.empty(num_tokens, size)
+        self.scale = torch.tensor(scale, dtype=place.dtype).item()
 
     def slots(self, name: str) -> Slots:
-        return Slots({f"{name}.weight": self.weight})
+        return Slots({f"{name}.weight": Slot.into(self.weight)})
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight)
@@ -35,28 +34,20 @@ class Head(Weighted):
     times faster for one embedding's memory.
     """
 
-    def __init__(
-        self, num_tokens: int, size: int, *, tied: Embedding | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, num_tokens: int, size: int, *, tied: Embedding | None, place: Place) -> None:
         super().__init__()
         self.is_tied = tied is not None
-        self._weight: Tensor | None = (
-            tied.weight if tied is not None else torch.empty(num_tokens, size, dtype=dtype, device=device)
-        )
+        self._tied = tied
+        self._weight = Storage(num_tokens, size, place=place)
         self._product: PackedLinear | None = None
 
     def slots(self, name: str) -> Slots:
-        return Slots() if self.is_tied else Slots({f"{name}.weight": _present(self._weight)})
+        return Slots() if self.is_tied else Slots({f"{name}.weight": self._weight.slot()})
 
     def finalize(self) -> None:
-        self._product = PackedLinear(_present(self._weight), to_float=True)
-        self._weight = None
+        weight = self._weight.take() if self._tied is None else self._tied.weight
+        self._product = PackedLinear(weight, to_float=True)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._product is not None, "finalize comes before the first product"
         return self._product(x)
-
-
-def _present(weight: Tensor | None) -> Tensor:
-    assert weight is not None, "finalize runs once, after loading"
-    return weight

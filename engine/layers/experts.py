@@ -5,10 +5,10 @@ Which experts a token goes to is the router's business, and routers differ too m
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from inferfleet.engine.layers.slots import Slots, Weighted
+from inferfleet.engine.layers.slots import Slot, Slots, Storage, Weighted
+from inferfleet.engine.place import Place
 from inferfleet.kernels.gated_activation import Kind
 from inferfleet.kernels.moe import PackedExperts
 
@@ -23,35 +23,31 @@ class Experts(Weighted):
         intermediate: int,
         activation: Kind,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
     ) -> None:
         super().__init__()
         self.activation = activation
-        self._gate_up: Tensor | None = torch.empty(num_experts, 2 * intermediate, hidden, dtype=dtype, device=device)
-        self._down: Tensor | None = torch.empty(num_experts, hidden, intermediate, dtype=dtype, device=device)
+        self._gate_up = Storage(num_experts, 2 * intermediate, hidden, place=place)
+        self._down = Storage(num_experts, hidden, intermediate, place=place)
         self._product: PackedExperts | None = None
 
     def slots(self, name: str) -> Slots:
         """Both layouts: `experts.N.gate_proj.weight` and the like, or `experts.gate_up_proj` and `.down_proj`."""
-        assert self._gate_up is not None and self._down is not None, "slots are asked for before finalize"
-        width = self._down.shape[2]
-        gate_up_parts: dict[str, Tensor] = {}
-        down_parts: dict[str, Tensor] = {}
-        for i in range(len(self._down)):
-            gate_up_parts[f"{name}.{i}.gate_proj.weight"] = self._gate_up[i, :width]
-            gate_up_parts[f"{name}.{i}.up_proj.weight"] = self._gate_up[i, width:]
-            down_parts[f"{name}.{i}.down_proj.weight"] = self._down[i]
+        count, _, width = self._down.shape
+        gate_up: dict[str, Slot] = {}
+        down: dict[str, Slot] = {}
+        for i in range(count):
+            gate_up[f"{name}.{i}.gate_proj.weight"] = self._gate_up.slot(i, slice(width))
+            gate_up[f"{name}.{i}.up_proj.weight"] = self._gate_up.slot(i, slice(width, None))
+            down[f"{name}.{i}.down_proj.weight"] = self._down.slot(i)
         stacks = {
-            f"{name}.gate_up_proj": (self._gate_up, tuple(gate_up_parts)),
-            f"{name}.down_proj": (self._down, tuple(down_parts)),
+            f"{name}.gate_up_proj": (self._gate_up.slot(), tuple(gate_up)),
+            f"{name}.down_proj": (self._down.slot(), tuple(down)),
         }
-        return Slots(gate_up_parts | down_parts, stacks)
+        return Slots(gate_up | down, stacks)
 
     def finalize(self) -> None:
-        assert self._gate_up is not None and self._down is not None, "finalize runs once"
-        self._product = PackedExperts(self._gate_up, self._down, self.activation)
-        self._gate_up = self._down = None
+        self._product = PackedExperts(self._gate_up.take(), self._down.take(), self.activation)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """x [T, H], topk_ids and topk_weights [T, K] -> [T, H]."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from inferfleet.engine.layers.slots import Slots, Weighted
+from inferfleet.engine.layers.slots import Slot, Slots, Storage, Weighted
+from inferfleet.engine.place import Place
 from inferfleet.kernels.linear import PackedLinear
 
 
@@ -23,31 +23,29 @@ class Linear(Weighted):
         parts: Mapping[str, int],
         *,
         bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
     ) -> None:
         super().__init__()
         self.sizes = tuple(parts.values())
         self._parts = dict(parts)
-        self._weight: Tensor | None = torch.empty(sum(self.sizes), in_features, dtype=dtype, device=device)
-        self._bias = torch.empty(sum(self.sizes), dtype=dtype, device=device) if bias else None
+        self._weight = Storage(sum(self.sizes), in_features, place=place)
+        self._bias = Storage(sum(self.sizes), place=place) if bias else None
         self._product: PackedLinear | None = None
 
     def slots(self, name: str) -> Slots:
-        assert self._weight is not None, "slots are asked for before finalize"
-        views: dict[str, Tensor] = {}
+        found: dict[str, Slot] = {}
         begin = 0
         for part, size in self._parts.items():
-            views[f"{part}.weight"] = self._weight[begin : begin + size]
+            rows = slice(begin, begin + size)
+            found[f"{part}.weight"] = self._weight.slot(rows)
             if self._bias is not None:
-                views[f"{part}.bias"] = self._bias[begin : begin + size]
+                found[f"{part}.bias"] = self._bias.slot(rows)
             begin += size
-        return Slots(views)
+        return Slots(found)
 
     def finalize(self) -> None:
-        assert self._weight is not None, "finalize runs once"
-        self._product = PackedLinear(self._weight, self._bias)
-        self._weight = None  # the packed copy is the only one from here on
+        # The packed copy is the only one from here on.
+        self._product = PackedLinear(self._weight.take(), None if self._bias is None else self._bias.take())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., sum of the parts]."""

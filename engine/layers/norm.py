@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from inferfleet.engine.layers.slots import Slots, Weighted
+from inferfleet.engine.layers.slots import Slot, Slots, Weighted
+from inferfleet.engine.place import Place
 from inferfleet.kernels import rms_norm, rotary
 from inferfleet.kernels.rms_norm import Style
 
@@ -13,13 +13,13 @@ from inferfleet.kernels.rms_norm import Style
 class RMSNorm(Weighted):
     """Normalisation over the last dimension (of a hidden state, or of a head); see kernels/rms_norm.py for styles."""
 
-    def __init__(self, size: int, eps: float, style: Style, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, eps: float, style: Style, *, place: Place) -> None:
         super().__init__()
         self.eps, self.style = eps, style
-        self.weight = torch.empty(size, dtype=dtype, device=device)
+        self.weight = place.empty(size)
 
     def slots(self, name: str) -> Slots:
-        return Slots({f"{name}.weight": self.weight})
+        return Slots({f"{name}.weight": Slot.into(self.weight)})
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> the same shape and dtype."""

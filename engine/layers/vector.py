@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
-from inferfleet.engine.layers.slots import Slots, Weighted
+from inferfleet.engine.layers.slots import Slot, Slots, Weighted
+from inferfleet.engine.place import Place
 
 
 class Vector(Weighted):
     """`values` [size], for example Gemma 4's layer_scalar [1] or a router's scale [H]."""
 
-    def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, *, place: Place) -> None:
         super().__init__()
-        self.values = torch.empty(size, dtype=dtype, device=device)
+        self.values = place.empty(size)
 
     def slots(self, name: str) -> Slots:
-        return Slots({name: self.values})
+        return Slots({name: Slot.into(self.values)})

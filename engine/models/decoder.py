@@ -25,10 +25,10 @@ class Decoder(nn.Module):
         fill(slots, weights, self.skipped_tensors())
 
     def finalize(self) -> None:
-        """Packs the weights layer by layer, so that at most one layer exists twice at a time."""
+        """Packs what loading could not: layers without tensors of their own, such as a tied head."""
         for module in self.modules():
             if isinstance(module, Weighted):
-                module.finalize()
+                module.pack()
 
     def _checkpoint_name(self, name: str) -> str:
         return name if name.startswith("lm_head.") else self.prefix + name

@@ -30,6 +30,7 @@ from inferfleet.engine.layers.rotary import Rotary
 from inferfleet.engine.layers.vector import Vector
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
+from inferfleet.engine.place import Place
 from inferfleet.kernels.rms_norm import rms_norm
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -176,9 +177,7 @@ def _rope(text: Fields, kind: str) -> Fields:
 class Attention(nn.Module):
     """Attention with scale 1: q and k are normalised with a weight, v without one; q and k are then turned."""
 
-    def __init__(
-        self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, place: Place) -> None:
         """cache_index: place in the CacheSpec of the layer whose keys and values are read."""
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, plan.num_kv_heads, plan.head_dim
@@ -188,11 +187,11 @@ class Attention(nn.Module):
         self.k_norm: RMSNorm | None = None
         if plan.owns_kv:
             parts |= {"k_proj": kv_size} if plan.v_from_k else {"k_proj": kv_size, "v_proj": kv_size}
-            self.k_norm = RMSNorm(plan.head_dim, config.eps, "gemma", dtype=dtype, device=device)
+            self.k_norm = RMSNorm(plan.head_dim, config.eps, "gemma", place=place)
         bias = config.attention_bias
-        self.qkv = Linear(config.hidden, parts, bias=bias, dtype=dtype, device=device)
-        self.output = Linear(q_size, {"o_proj": config.hidden}, bias=bias, dtype=dtype, device=device)
-        self.q_norm = RMSNorm(plan.head_dim, config.eps, "gemma", dtype=dtype, device=device)
+        self.qkv = Linear(config.hidden, parts, bias=bias, place=place)
+        self.output = Linear(q_size, {"o_proj": config.hidden}, bias=bias, place=place)
+        self.q_norm = RMSNorm(plan.head_dim, config.eps, "gemma", place=place)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         tokens = x.shape[0]
@@ -213,12 +212,12 @@ class Attention(nn.Module):
 class Router(nn.Module):
     """Which experts a token goes to: it sees the residual stream itself, under a norm and scale of its own."""
 
-    def __init__(self, config: Gemma4Config, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Gemma4Config, *, place: Place) -> None:
         super().__init__()
         self.eps, self.root, self.top_k = config.eps, config.hidden**-0.5, config.top_k
-        self.product = Linear(config.hidden, {"proj": config.num_experts}, dtype=dtype, device=device)
-        self.scale = Vector(config.hidden, dtype=dtype, device=device)
-        self.per_expert_scale = Vector(config.num_experts, dtype=dtype, device=device)
+        self.product = Linear(config.hidden, {"proj": config.num_experts}, place=place)
+        self.scale = Vector(config.hidden, place=place)
+        self.per_expert_scale = Vector(config.num_experts, place=place)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> (ids [T, K], weights [T, K] float32)."""
@@ -231,30 +230,28 @@ class Router(nn.Module):
 class Block(nn.Module):
     """Norm, attention, norm; norm, MLP, norm; a per-layer embedding where there are any; all times a learned scalar."""
 
-    def __init__(
-        self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, place: Place) -> None:
         super().__init__()
         hidden = config.hidden
 
         def norm() -> RMSNorm:
-            return RMSNorm(hidden, config.eps, "gemma", dtype=dtype, device=device)
+            return RMSNorm(hidden, config.eps, "gemma", place=place)
 
-        self.self_attn = Attention(config, plan, cache_index, dtype=dtype, device=device)
-        self.mlp = GatedMLP(hidden, plan.intermediate, "gelu_tanh", dtype=dtype, device=device)
+        self.self_attn = Attention(config, plan, cache_index, place=place)
+        self.mlp = GatedMLP(hidden, plan.intermediate, "gelu_tanh", place=place)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
-        self.layer_scalar = Vector(1, dtype=dtype, device=device)
+        self.layer_scalar = Vector(1, place=place)
         self.router: Router | None = None
         if config.num_experts:
-            self.router = Router(config, dtype=dtype, device=device)
+            self.router = Router(config, place=place)
             width = config.moe_intermediate
-            self.experts = Experts(config.num_experts, hidden, width, "gelu_tanh", dtype=dtype, device=device)
+            self.experts = Experts(config.num_experts, hidden, width, "gelu_tanh", place=place)
             self.pre_feedforward_layernorm_2 = norm()
             self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = norm(), norm()
         if config.ple_size:
-            self.ple_gate = Linear(hidden, {"per_layer_input_gate": config.ple_size}, dtype=dtype, device=device)
-            self.ple_output = Linear(config.ple_size, {"per_layer_projection": hidden}, dtype=dtype, device=device)
+            self.ple_gate = Linear(hidden, {"per_layer_input_gate": config.ple_size}, place=place)
+            self.ple_output = Linear(config.ple_size, {"per_layer_projection": hidden}, place=place)
             self.post_per_layer_input_norm = norm()
 
     def forward(self, x: Tensor, ple: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
@@ -280,14 +277,14 @@ class Block(nn.Module):
 class PerLayerEmbeddings(nn.Module):
     """For every token a small vector per layer: half looked up by id, half projected from the token's embedding."""
 
-    def __init__(self, config: Gemma4Config, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Gemma4Config, *, place: Place) -> None:
         super().__init__()
         self.num_layers, self.root = len(config.layers), config.hidden**-0.5
         width, size = config.ple_size * self.num_layers, config.ple_size
         scale = size**0.5
-        self.embed_tokens_per_layer = Embedding(config.ple_vocab_size, width, scale=scale, dtype=dtype, device=device)
-        self.product = Linear(config.hidden, {"per_layer_model_projection": width}, dtype=dtype, device=device)
-        self.per_layer_projection_norm = RMSNorm(size, config.eps, "gemma", dtype=dtype, device=device)
+        self.embed_tokens_per_layer = Embedding(config.ple_vocab_size, width, scale=scale, place=place)
+        self.product = Linear(config.hidden, {"per_layer_model_projection": width}, place=place)
+        self.per_layer_projection_norm = RMSNorm(size, config.eps, "gemma", place=place)
 
     def forward(self, input_ids: Tensor, x: Tensor) -> Tensor:
         """ids [T] and their scaled embeddings x [T, H] -> [T, L, P]."""
@@ -299,23 +296,21 @@ class PerLayerEmbeddings(nn.Module):
 class Gemma4ForCausalLM(Decoder):
     """The whole text model; its protocol is families.Model."""
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         self.config = c = Gemma4Config.read(text_section(config))
         owners = [plan.index for plan in c.layers if plan.owns_kv]
         #: The layers from here on read keys and values of those before.
         self.num_owners = len(owners)
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden, scale=c.hidden**0.5, dtype=dtype, device=device)
-        self.ple = PerLayerEmbeddings(c, dtype=dtype, device=device) if c.ple_size else None
-        self.layers = nn.ModuleList(
-            Block(c, plan, owners.index(plan.kv_layer), dtype=dtype, device=device) for plan in c.layers
-        )
-        self.norm = RMSNorm(c.hidden, c.eps, "gemma", dtype=dtype, device=device)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden, scale=c.hidden**0.5, place=place)
+        self.ple = PerLayerEmbeddings(c, place=place) if c.ple_size else None
+        self.layers = nn.ModuleList(Block(c, plan, owners.index(plan.kv_layer), place=place) for plan in c.layers)
+        self.norm = RMSNorm(c.hidden, c.eps, "gemma", place=place)
         tied = self.embed_tokens if c.tied else None
-        self.lm_head = Head(c.vocab_size, c.hidden, tied=tied, dtype=dtype, device=device)
+        self.lm_head = Head(c.vocab_size, c.hidden, tied=tied, place=place)
         head_dims = {plan.kind: plan.head_dim for plan in c.layers}
         self.rotary = nn.ModuleDict(
-            {kind: Rotary(c.rope[kind], dim, c.max_positions, device=device) for kind, dim in head_dims.items()}
+            {kind: Rotary(c.rope[kind], dim, c.max_positions, device=place.device) for kind, dim in head_dims.items()}
         )
 
     @property
@@ -378,14 +373,14 @@ class Gemma4ForConditionalGeneration(Gemma4ForCausalLM):
 
     prefix = "model.language_model."
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(config, dtype=dtype, device=device)
+    def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
+        super().__init__(config, place=place)
         whole, text = Fields(config), text_section(config)
         media = [
             whole.integer(f"{kind}_token_id", default, least=0)
             for kind, default in (("image", 258_880), ("audio", 258_881), ("video", 258_884))
         ]
-        self.media_ids = torch.tensor(media, device=device)
+        self.media_ids = torch.tensor(media, device=place.device)
         self.pad_id = text.integer("pad_token_id", 0, least=0)
         if self.pad_id >= self.config.vocab_size:
             raise BadModelConfig(f"{text.where}: pad_token_id {self.pad_id} is outside the vocabulary")

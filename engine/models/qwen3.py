@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from inferfleet.engine.batch import Batch
@@ -21,19 +20,18 @@ from inferfleet.engine.layers.norm import RMSNorm
 from inferfleet.engine.layers.rotary import Rotary, rope_fields
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
+from inferfleet.engine.place import Place
 
 
 class Block(nn.Module):
     """Attention and an MLP, each on the norm of the residual stream."""
 
-    def __init__(
-        self, shape: AttentionShape, intermediate: int, index: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: AttentionShape, intermediate: int, index: int, *, place: Place) -> None:
         super().__init__()
-        self.self_attn = HeadNormAttention(shape, index, dtype=dtype, device=device)
-        self.mlp = GatedMLP(shape.hidden, intermediate, "silu", dtype=dtype, device=device)
-        self.input_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
-        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+        self.self_attn = HeadNormAttention(shape, index, place=place)
+        self.mlp = GatedMLP(shape.hidden, intermediate, "silu", place=place)
+        self.input_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
 
     def forward(
         self, branch: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch
@@ -51,21 +49,23 @@ class Block(nn.Module):
 class Qwen3ForCausalLM(Decoder):
     """The whole dense model; its protocol is families.Model."""
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
         text.refuse("hidden_act", "silu")
         self.shape = shape = AttentionShape.read(text, default_head_dim=128)
         self.windows = layer_windows(text)
         vocab, intermediate = text.integer("vocab_size"), text.integer("intermediate_size")
-        self.embed_tokens = Embedding(vocab, shape.hidden, dtype=dtype, device=device)
+        self.embed_tokens = Embedding(vocab, shape.hidden, place=place)
         self.layers = nn.ModuleList(
-            Block(shape, intermediate, index, dtype=dtype, device=device) for index in range(len(self.windows))
+            Block(shape, intermediate, index, place=place) for index in range(len(self.windows))
         )
-        self.norm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+        self.norm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
         tied = self.embed_tokens if text.boolean("tie_word_embeddings", False) else None
-        self.lm_head = Head(vocab, shape.hidden, tied=tied, dtype=dtype, device=device)
-        self.rotary = Rotary(rope_fields(text), shape.head_dim, text.integer("max_position_embeddings"), device=device)
+        self.lm_head = Head(vocab, shape.hidden, tied=tied, place=place)
+        self.rotary = Rotary(
+            rope_fields(text), shape.head_dim, text.integer("max_position_embeddings"), device=place.device
+        )
 
     @property
     def cache_spec(self) -> CacheSpec:

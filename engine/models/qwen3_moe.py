@@ -25,21 +25,22 @@ from inferfleet.engine.layers.norm import RMSNorm
 from inferfleet.engine.layers.rotary import Rotary, rope_fields
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
+from inferfleet.engine.place import Place
 
 
 class SparseMLP(nn.Module):
     """x [T, H] -> the weighted sum of each token's chosen experts [T, H]."""
 
-    def __init__(self, text: Fields, hidden: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, text: Fields, hidden: int, *, place: Place) -> None:
         super().__init__()
         count = num_experts(text)
         self.top_k = text.integer("num_experts_per_tok", 8)
         if self.top_k > count:
             raise BadModelConfig(f"{text.where}: num_experts_per_tok is {self.top_k}, more than the {count} experts")
         self.renormalise = text.boolean("norm_topk_prob", False)
-        self.router = Linear(hidden, {"gate": count}, dtype=dtype, device=device)
+        self.router = Linear(hidden, {"gate": count}, place=place)
         width = text.integer("moe_intermediate_size", 768)
-        self.experts = Experts(count, hidden, width, "silu", dtype=dtype, device=device)
+        self.experts = Experts(count, hidden, width, "silu", place=place)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
@@ -51,18 +52,16 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     """Attention and a dense or sparse MLP, each on the norm of the residual stream."""
 
-    def __init__(
-        self, text: Fields, shape: AttentionShape, index: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, text: Fields, shape: AttentionShape, index: int, *, place: Place) -> None:
         super().__init__()
-        self.self_attn = HeadNormAttention(shape, index, dtype=dtype, device=device)
+        self.self_attn = HeadNormAttention(shape, index, place=place)
         self.mlp: nn.Module
         if is_sparse(text, index):
-            self.mlp = SparseMLP(text, shape.hidden, dtype=dtype, device=device)
+            self.mlp = SparseMLP(text, shape.hidden, place=place)
         else:
-            self.mlp = GatedMLP(shape.hidden, text.integer("intermediate_size"), "silu", dtype=dtype, device=device)
-        self.input_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
-        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+            self.mlp = GatedMLP(shape.hidden, text.integer("intermediate_size"), "silu", place=place)
+        self.input_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
 
     def forward(
         self, branch: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch
@@ -80,7 +79,7 @@ class Block(nn.Module):
 class Qwen3MoeForCausalLM(Decoder):
     """The whole mixture model; its protocol is families.Model."""
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
         text.refuse("hidden_act", "silu")
@@ -88,12 +87,14 @@ class Qwen3MoeForCausalLM(Decoder):
         self.shape = shape = AttentionShape.read(text, default_head_dim=default_head_dim)
         self.window = sliding_window(text)  # unlike in the dense model, for every layer
         vocab, count = text.integer("vocab_size"), text.integer("num_hidden_layers")
-        self.embed_tokens = Embedding(vocab, shape.hidden, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(Block(text, shape, index, dtype=dtype, device=device) for index in range(count))
-        self.norm = RMSNorm(shape.hidden, shape.eps, "llama", dtype=dtype, device=device)
+        self.embed_tokens = Embedding(vocab, shape.hidden, place=place)
+        self.layers = nn.ModuleList(Block(text, shape, index, place=place) for index in range(count))
+        self.norm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
         tied = self.embed_tokens if text.boolean("tie_word_embeddings", False) else None
-        self.lm_head = Head(vocab, shape.hidden, tied=tied, dtype=dtype, device=device)
-        self.rotary = Rotary(rope_fields(text), shape.head_dim, text.integer("max_position_embeddings"), device=device)
+        self.lm_head = Head(vocab, shape.hidden, tied=tied, place=place)
+        self.rotary = Rotary(
+            rope_fields(text), shape.head_dim, text.integer("max_position_embeddings"), device=place.device
+        )
 
     @property
     def cache_spec(self) -> CacheSpec:

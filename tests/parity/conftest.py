@@ -14,7 +14,7 @@ import torch
 from inferfleet.engine.families import Model, load_model
 
 if TYPE_CHECKING:
-    from parity.checkpoints import Reference
+    from parity.checkpoints.writing import Reference
 
 if importlib.util.find_spec("transformers") is None and os.environ.get("CI") != "true":
     collect_ignore_glob = ["test_*.py"]  # no judge on this machine; under CI the import fails loudly instead
@@ -28,7 +28,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory) -> Callable[..., Reference]:
     """reference(name, seed, **how to write it): the judge; its `folder` is the checkpoint."""
-    from parity.checkpoints import write
+    from parity.checkpoints.writing import write
 
     written: dict[tuple, Reference] = {}
 

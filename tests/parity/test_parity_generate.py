@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from parity.checkpoints import ARCHITECTURES, Reference
+from parity.checkpoints import ARCHITECTURES
+from parity.checkpoints.writing import Reference
 
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams

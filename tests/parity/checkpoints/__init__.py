@@ -1,0 +1,8 @@
+"""Tiny random checkpoints in the hub's layout, one file a family, and the reference that judges them."""
+
+from parity.checkpoints import gemma4, qwen3
+
+ARCHITECTURES = {
+    **gemma4.ARCHITECTURES,
+    **qwen3.ARCHITECTURES,
+}
