@@ -4,9 +4,10 @@ A batch is ragged: row r owns the query tokens query_start[r] : query_start[r+1]
 context of seq_lens[r]. Token t of the context lies in block block_tables[r, t // block_size] at t % block_size.
 
     out[i] = softmax(scale * q[i] . K[lo:pos+1]) @ V[lo:pos+1]     pos = position of token i in its context
-                                                                   lo  = 0, or pos - window + 1 in a window
-with query head j reading kv head j // (heads / kv_heads), and the softmax in float32. A window of W counts the token
-itself. Blocks wholly behind every query's window are never read, so their table entries may be stale.
+                                                                   lo  = 0, or the first key that token i sees
+with query head j reading kv head j // (heads / kv_heads), and the softmax in float32. A window of W shows a token
+the last W keys, its own among them; a chunk of C those of its own chunk, whose positions have the same pos // C. Blocks
+wholly behind what a row's queries see are never read, so their table entries may be stale.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def reference(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """The formula in plain torch, a row at a time; same arguments as `paged_attention`."""
     out = torch.zeros_like(q)
@@ -47,11 +49,16 @@ def reference(
         if begin == end:
             continue
         first_query = length - (end - begin)
-        low = 0 if window is None else max(0, first_query - window + 1)
+        low = _first_key(first_query, window, chunk)
         keys = _gather(k_cache, block_tables[row], low, length)
         values = _gather(v_cache, block_tables[row], low, length)
-        out[begin:end] = _attend(q[begin:end], keys, values, first_query - low, scale, window)
+        out[begin:end] = _attend(q[begin:end], keys, values, first_query, low, scale, window, chunk)
     return out
+
+
+def _first_key(position: int, window: int | None, chunk: int | None) -> int:
+    of_window = 0 if window is None else max(0, position - window + 1)
+    return of_window if chunk is None else max(of_window, position // chunk * chunk)
 
 
 def _gather(cache: Tensor, table: Tensor, low: int, high: int) -> Tensor:
@@ -63,17 +70,28 @@ def _gather(cache: Tensor, table: Tensor, low: int, high: int) -> Tensor:
     return tokens[low - first_block * block_size : high - first_block * block_size]
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, offset: int, scale: float, window: int | None) -> Tensor:
-    """One row: q [n, h, D] whose token i stands at key index offset + i; keys, values [m, kv, D] -> [n, h, D]."""
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: int,
+    low: int,
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+) -> Tensor:
+    """One row: q [n, h, D] of positions first.., keys and values [m, kv, D] of positions low.. -> [n, h, D]."""
     group = q.shape[1] // keys.shape[1]
     keys = keys.float().repeat_interleave(group, dim=1)
     values = values.float().repeat_interleave(group, dim=1)
     scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
-    position = torch.arange(offset, offset + q.shape[0], device=q.device).unsqueeze(1)
-    index = torch.arange(keys.shape[0], device=q.device).unsqueeze(0)
-    seen = index <= position
+    position = torch.arange(first, first + q.shape[0], device=q.device).unsqueeze(1)
+    key = torch.arange(low, low + keys.shape[0], device=q.device).unsqueeze(0)
+    seen = key <= position
     if window is not None:
-        seen &= index > position - window
+        seen &= key > position - window
+    if chunk is not None:
+        seen &= key >= position // chunk * chunk
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return torch.einsum("hnm,mhd->nhd", weights, values).to(q.dtype)
 
@@ -112,6 +130,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     max_query_len: int | None = None,
 ) -> Tensor:
     """Attention of a ragged batch against a paged cache -> [T, h, D] like q.
@@ -119,13 +138,14 @@ def paged_attention(
     q [T, h, D]; k_cache, v_cache [blocks, block_size, kv_heads, D] with h a multiple of kv_heads; block_tables
     [R, max_blocks] int32; query_start [R+1] int32; seq_lens [R] int32, the context including this step's tokens.
     max_query_len (longest row of this batch) is a hint that a device path may use to pick its tiling.
-    A token's result does not depend on the other rows, nor in the C++ path on how its prompt was cut into chunks
-    (but for a chunk of one token, which is computed as a decoding step).
+    A token's result does not depend on the other rows, nor in the C++ path on how its prompt was cut into steps
+    (but for a step of one token, which is computed as decoding is).
     """
     del max_query_len
     native = _native() if _takes(q, k_cache, v_cache) else None
     if native is None:
-        return reference(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale=scale, window=window)
+        batch = (q, k_cache, v_cache, block_tables, query_start, seq_lens)
+        return reference(*batch, scale=scale, window=window, chunk=chunk)
     tables, starts, lengths = _int32(block_tables), _int32(query_start), _int32(seq_lens)
     out = build.empty_like(q)
     native["paged_attention", q.dtype](
@@ -144,6 +164,7 @@ def paged_attention(
         tables.shape[1],
         q.stride(0),
         window or 0,
+        chunk or 0,
         scale,
         threads.for_work(),
     )
@@ -154,7 +175,7 @@ def paged_attention(
 def _native() -> build.Functions | None:
     pointers = [c_void_p] * 5
     write = [*pointers, *[c_int64] * 5]
-    attend = [*pointers, c_void_p, c_void_p, *[c_int64] * 8, c_float, c_int64]
+    attend = [*pointers, c_void_p, c_void_p, *[c_int64] * 9, c_float, c_int64]
     return build.bind({"write_kv": write, "paged_attention": attend})
 
 

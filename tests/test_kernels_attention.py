@@ -48,10 +48,10 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def check(batch, window=None):
+def check(batch, window=None, chunk=None):
     scale = batch[0].shape[2] ** -0.5
-    actual = paged.paged_attention(*batch, scale=scale, window=window)
-    assert_same(actual, paged.reference(*batch, scale=scale, window=window))
+    actual = paged.paged_attention(*batch, scale=scale, window=window, chunk=chunk)
+    assert_same(actual, paged.reference(*batch, scale=scale, window=window, chunk=chunk))
 
 
 MIXED = [(1, 1), (1, 37), (5, 5), (1, 200), (40, 40), (0, 12), (19, 83), (1, 16), (130, 150)]
@@ -107,6 +107,61 @@ def test_table_entries_behind_the_window_are_never_read():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 16, 48])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 40, 128, 150])
+def test_a_mixed_batch_equals_the_reference_for_every_block_size_and_chunk(block_size, chunk, dtype):
+    check(ragged(MIXED, block_size=block_size, dtype=dtype), chunk=chunk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [512, 700])
+def test_long_chunks_are_cut_into_pieces_and_merged(chunk, dtype):
+    check(ragged([(1, 512), (1, 513), (1, 1700), (3, 1401), (1, 1401)], heads=8, kv_heads=1, dtype=dtype), chunk=chunk)
+
+
+def test_a_window_and_a_chunk_together_show_what_both_show():
+    check(ragged(MIXED), window=20, chunk=48)
+
+
+@pytest.mark.parametrize("context", [1, 19, 20, 21, 40, 41, 60, 100])
+def test_the_reference_agrees_with_torch_under_the_mask_of_equal_chunks(context):
+    q, k_cache, v_cache, tables, query_start, seq_lens = ragged([(context, context)], heads=6, kv_heads=2)
+    k, v = (cache[tables[0].long()].flatten(0, 1)[:context] for cache in (k_cache, v_cache))
+    position = torch.arange(context)
+    mine = position.unsqueeze(1) // 20 == position // 20
+
+    actual = paged.reference(q, k_cache, v_cache, tables, query_start, seq_lens, scale=0.125, chunk=20)
+
+    arguments = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *arguments, attn_mask=mine.tril(), scale=0.125, enable_gqa=True
+    )
+    torch.testing.assert_close(actual, expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [paged.paged_attention, paged.reference])
+def test_the_first_token_of_a_chunk_sees_itself_alone(attend):
+    q, k_cache, v_cache, *rest = ragged([(1, 41), (1, 40)], heads=2, kv_heads=2)
+
+    out = attend(q, k_cache, v_cache, *rest, scale=0.125, chunk=40)
+
+    first = v_cache[rest[0][0, 40 // 16].long(), 40 % 16]
+    torch.testing.assert_close(out[0], first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [paged.paged_attention, paged.reference])
+def test_table_entries_behind_the_chunk_are_never_read(attend):
+    q, k_cache, v_cache, tables, query_start, seq_lens = ragged([(1, 200), (4, 180), (1, 151), (30, 180)])
+    expected = paged.reference(q, k_cache, v_cache, tables, query_start, seq_lens, scale=0.125, chunk=50)
+    for row, first_query in enumerate([199, 176, 150, 150]):
+        tables[row, : first_query // 50 * 50 // 16] = 2**30
+
+    actual = attend(q, k_cache, v_cache, tables, query_start, seq_lens, scale=0.125, chunk=50)
+
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_alone_gives_bit_for_bit_what_it_gives_in_a_batch(threads, dtype):
     q, k_cache, v_cache, tables, query_start, seq_lens = ragged(MIXED, dtype=dtype)
@@ -128,18 +183,18 @@ def test_a_row_alone_gives_bit_for_bit_what_it_gives_in_a_batch(threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 49, 150])
-def test_a_prompt_gives_bit_for_bit_the_same_however_it_is_cut_into_chunks(window, dtype):
+@pytest.mark.parametrize("sight", [{}, {"window": 49}, {"window": 150}, {"chunk": 49}, {"chunk": 150}])
+def test_a_prompt_gives_bit_for_bit_the_same_however_it_is_cut_into_pieces(sight, dtype):
     q, *caches, tables, _, _ = ragged([(300, 300)], heads=4, kv_heads=2, dtype=dtype)
 
-    def chunk(begin, end):
+    def piece(begin, end):
         starts = torch.tensor([0, end - begin], dtype=torch.int32)
         context = torch.tensor([end], dtype=torch.int32)
-        return paged.paged_attention(q[begin:end], *caches, tables, starts, context, scale=0.125, window=window)
+        return paged.paged_attention(q[begin:end], *caches, tables, starts, context, scale=0.125, **sight)
 
-    whole = chunk(0, 300)
+    whole = piece(0, 300)
     for cuts in ([0, 100, 300], [0, 37, 39, 260, 300], [0, 255, 300]):
-        parts = [chunk(begin, end) for begin, end in itertools.pairwise(cuts)]
+        parts = [piece(begin, end) for begin, end in itertools.pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole), cuts
 
 

@@ -20,7 +20,8 @@ template <class T> struct Problem {
     T *out;
     const T *q, *k_cache, *v_cache;
     const int32_t *block_tables, *query_start, *seq_lens;
-    int64_t rows, heads, kv_heads, width, block_size, max_blocks, q_stride, window; // window 0: none
+    int64_t rows, heads, kv_heads, width, block_size, max_blocks, q_stride;
+    int64_t window, chunk; // 0: none
     float scale;
 
     int64_t group() const { return heads / kv_heads; }
@@ -36,7 +37,11 @@ template <class T> struct Problem {
         }
     }
 
-    int64_t first_key(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+    // Grows with the position, so that the first query of a tile says where the tile's keys begin.
+    int64_t first_key(int64_t position) const {
+        const int64_t of_window = window ? std::max<int64_t>(0, position - window + 1) : 0;
+        return chunk ? std::max(of_window, position / chunk * chunk) : of_window;
+    }
 };
 
 struct Task {

@@ -126,7 +126,7 @@ template <class T> void run_tile(const Problem<T> &p, const Task &task) {
     std::fill_n(tile.out, tile.rows * tile.columns, 0.0f);
     const int64_t last = before + task.end;
     // Tiles of keys end at fixed places, and begin at an even key where the block before surely holds it: then a
-    // token's sums do not depend on how its prompt was cut into chunks.
+    // token's sums do not depend on how its prompt was cut into steps.
     const int64_t low = p.first_key(before + task.begin), even = p.block_size % 2 ? low : low / 2 * 2;
     for (int64_t begin = even, count; begin < last; begin += count) {
         count = std::min(tile_keys - begin % tile_keys, last - begin);

@@ -96,11 +96,11 @@ void scatter(const T *k, const T *v, T *k_cache, T *v_cache, const int64_t *slot
     extern "C" void paged_attention_##suffix(                                                                          \
         T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *block_tables,                           \
         const int32_t *query_start, const int32_t *seq_lens, int64_t rows, int64_t heads, int64_t kv_heads,            \
-        int64_t width, int64_t block_size, int64_t max_blocks, int64_t q_stride, int64_t window, float scale,          \
-        int64_t threads) {                                                                                             \
+        int64_t width, int64_t block_size, int64_t max_blocks, int64_t q_stride, int64_t window, int64_t chunk,        \
+        float scale, int64_t threads) {                                                                                \
         const attention::Problem<T> problem{out,  q,        k_cache, v_cache,    block_tables, query_start, seq_lens,  \
                                             rows, heads,    kv_heads, width,     block_size,   max_blocks,  q_stride,  \
-                                            window, scale};                                                            \
+                                            window, chunk, scale};                                                     \
         attention::attend(problem, threads);                                                                           \
     }
 PAGED_ATTENTION(f32, float)
