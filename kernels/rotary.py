@@ -1,9 +1,10 @@
-"""Rotary position embedding in the rotate_half layout, whole or partial, alone or after a head norm.
+"""Rotary position embedding of heads, whole or partial, in either of two layouts; of halves also after a head norm.
 
-    (x1, x2) = halves of the first R numbers of a head      R = width of cos and sin
-    x[:R]   <- (x1*cos - x2*sin, x2*cos + x1*sin)           x[R:] stays
+    (x1, x2) = halves of the first R numbers of a head (apply_rotary), or its even and odd ones (apply_rotary_pairs)
+    (x1, x2) <- (x1*cos - x2*sin, x2*cos + x1*sin)          R = width of cos and sin; x[R:] stays
 
-cos and sin carry both halves ([T, R], the second equal to the first), as Hugging Face builds them.
+cos and sin carry both halves ([T, R], the second equal to the first), as Hugging Face builds them for apply_rotary;
+apply_rotary_pairs reads the first.
 """
 
 from __future__ import annotations
@@ -37,12 +38,43 @@ def norm_reference(
     return reference(rms_norm.reference(x, weight, eps, style=style), cos, sin)
 
 
+def pairs_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary_pairs` in plain torch."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width].float(), x[..., width:]
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    cos32, sin32 = (t[:, : width // 2].float().unsqueeze(-2) for t in (cos, sin))
+    turned = torch.stack((even * cos32 - odd * sin32, odd * cos32 + even * sin32), dim=-1).flatten(-2)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D] turned by cos and sin [T, R], R even and <= D; computed in float32, returned like x."""
     native = _native() if _takes(x, None, cos, sin) else None
     if native is None:
         return reference(x, cos, sin)
     return _call(native, x, None, cos, sin, 0.0, "llama", normed=0)
+
+
+def apply_rotary_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for a head whose neighbours (2i, 2i + 1) turn together; the result keeps that order."""
+    native = _native() if _takes(x, None, cos, sin) else None
+    if native is None:
+        return pairs_reference(x, cos, sin)
+    out = build.empty_like(x)
+    native["rotary_pairs", x.dtype](
+        out.data_ptr(),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *x.shape,
+        cos.shape[1],
+        x.stride(0),
+        x.stride(1),
+        cos.stride(0),
+        threads.for_elements(x.numel()),
+    )
+    return out
 
 
 def norm_rotary(
@@ -58,7 +90,8 @@ def norm_rotary(
 @functools.cache
 def _native() -> build.Functions | None:
     pointers, sizes = [c_void_p] * 5, [c_int64] * 7
-    return build.bind({"rotary": [*pointers, *sizes, c_float, c_int64, c_int64, c_int64]})
+    halves = [*pointers, *sizes, c_float, c_int64, c_int64, c_int64]
+    return build.bind({"rotary": halves, "rotary_pairs": [*pointers[1:], *sizes, c_int64]})
 
 
 def _takes(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> bool:

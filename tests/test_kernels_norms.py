@@ -102,6 +102,27 @@ def test_rotary_by_hand_turns_the_first_pair_by_a_right_angle():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,width,turned", [(16, 128, 128), (3, 64, 64), (2, 96, 24), (1, 10, 6)])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rotary_of_pairs_equals_its_reference_on_a_slice_of_wider_rows(tokens, heads, width, turned, dtype):
+    rows = numbers(tokens, (heads + 2) * width, dtype=dtype)
+    x, (cos, sin) = rows[:, width : (heads + 1) * width].view(tokens, heads, width), angles(tokens, turned)
+
+    assert_same(rotary.apply_rotary_pairs(x, cos, sin), rotary.pairs_reference(x, cos, sin))
+
+
+def test_rotary_of_pairs_is_a_product_of_complex_numbers():
+    x, (cos, sin) = numbers(6, 3, 32, dtype=torch.float32), angles(6, 24)
+
+    actual = rotary.apply_rotary_pairs(x, cos, sin)
+
+    turn = torch.complex(cos, sin)[:, None, :12]
+    expected = torch.view_as_complex(x[..., :24].reshape(6, 3, 12, 2)) * turn
+    assert_same(actual[..., :24], torch.view_as_real(expected).flatten(2))
+    assert torch.equal(actual[..., 24:], x[..., 24:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("style", STYLES)
 def test_norm_rotary_equals_norm_then_rotary_on_a_slice_of_qkv(style, dtype):
     qkv, weight = numbers(11, 8 * 64, dtype=dtype), numbers(64, dtype=dtype, seed=5)
