@@ -38,6 +38,7 @@ class Batch:
     query_start: Tensor  # [R+1] int32: row r owns tokens query_start[r] : query_start[r+1]
     seq_lens: Tensor  # [R] int32: context, this step's tokens included
     logits_index: Tensor  # [N] int64: last token of each row that samples; when scoring, every token
+    state_slots: Tensor  # [R] int64: where each row's recurrent state lies
     block_tables: tuple[Tensor, ...]  # per group [R, max_blocks] int32
     slot_mapping: tuple[Tensor, ...]  # per group [T] int64
     rows: list[Request]
@@ -58,6 +59,17 @@ class Batch:
         or both None for a layer that reads what its owner stored earlier in this step.
         """
         return self.cache.attend(self, layer, q, k, v, scale)
+
+    def attend_latent(self, layer: int, q: Tensor, latent: Tensor, *, scale: float) -> Tensor:
+        """The same over latents: q [T, h, rank + rope_dim], latent [T, rank + rope_dim] -> [T, h, rank]."""
+        return self.cache.attend_latent(self, layer, q, latent, scale)
+
+    def states(self, layer: int) -> tuple[Tensor, ...]:
+        """The parts of a recurrent layer's state, each [slots, *shape]: row r reads and updates slot state_slots[r].
+
+        A row that begins finds zeros there.
+        """
+        return self.cache.states(layer)
 
     def wanted(self) -> Batch:
         """The same rows with only the tokens of logits_index as queries: the last of a row that samples, or none.
@@ -137,8 +149,8 @@ class BatchBuilder:
         self.cache = cache
         self.tables = tables
         rows, groups = tables[0].shape[0], len(tables)
-        words = (3 + groups) * max_num_batched_tokens + 4 * rows + sum(table.size for table in tables)
-        dtypes: list[type[np.generic]] = [np.int64, np.int64, np.int32, np.int32, np.int64]
+        words = (3 + groups) * max_num_batched_tokens + 5 * rows + sum(table.size for table in tables)
+        dtypes: list[type[np.generic]] = [np.int64, np.int64, np.int32, np.int32, np.int64, np.int64]
         dtypes += [np.int32] * groups + [np.int64] * groups
         self.arena = Arena(8 * words + len(dtypes) * ALIGNMENT, dtypes, torch.device(device))
 
@@ -153,6 +165,8 @@ class BatchBuilder:
         offsets = ends - lens
         ids, positions = _tokens(rows, plan.num_tokens, starts, lens, offsets)
         slots = np.array([row.slot for row in rows], dtype=np.int64)
+        if self.cache.spec.has_states:
+            self.cache.clear_states(slots[starts == 0].tolist())
         sampling = np.array(plan.samples, dtype=bool)
         query_start = np.concatenate((offsets, ends[-1:]))
         seq_lens = starts + lens
@@ -163,17 +177,19 @@ class BatchBuilder:
                 query_start,
                 seq_lens,
                 np.arange(len(ids)) if scoring else ends[sampling] - 1,
+                slots,
                 *self._tables_of(slots, int(seq_lens.max())),
                 *self._slot_mapping(slots, lens, positions),
             ]
         )
-        input_ids, positions_, query_start_, seq_lens_, logits_index, *grouped = tensors
+        input_ids, positions_, query_start_, seq_lens_, logits_index, state_slots, *grouped = tensors
         return Batch(
             input_ids=input_ids,
             positions=positions_,
             query_start=query_start_,
             seq_lens=seq_lens_,
             logits_index=logits_index,
+            state_slots=state_slots,
             block_tables=tuple(grouped[: len(self.tables)]),
             slot_mapping=tuple(grouped[len(self.tables) :]),
             rows=rows,

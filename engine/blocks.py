@@ -1,9 +1,9 @@
 """Who owns which block of the cache. Knows nothing of tensors: a block is a number.
 
-Layers with the same window form a group with a pool of blocks of its own. A running request has a slot: a row in
-every group's block table, which the batch reads as it stands. A full block whose keys and values are computed gets
-its prefix's hash; when its last owner lets go it keeps the hash and waits, least recently used first, to be found
-again or to be reused.
+Layers with the same sight form a group with a pool of blocks of its own. A running request has a slot: a row in
+every group's block table, which the batch reads as it stands, and a place for its recurrent state. A full block whose
+keys and values are computed gets its prefix's hash; when its last owner lets go it keeps the hash and waits, least
+recently used first, to be found again or to be reused.
 
     table of a windowed group:   0 0 0 7 9 4        0 = null block: behind the window, given back
                                        ^ first live
@@ -11,87 +11,24 @@ again or to be reused.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from inferfleet.engine.prefix import PrefixHasher, first_block_seen, longest_prefix
+from inferfleet.engine.block_pool import NULL_BLOCK, BlockPool
+from inferfleet.engine.prefix import PrefixHasher, longest_prefix
 from inferfleet.engine.request import Request
-
-NULL_BLOCK = 0
+from inferfleet.engine.sight import Sight
+from inferfleet.engine.snapshots import DECODE_INTERVAL, Snapshots
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSize:
-    """A group's window (None = all keys) and how many blocks its pool has, the null block included."""
+    """What a group's layers see, and how many blocks its pool has, the null block included."""
 
-    window: int | None
+    sight: Sight
     num_blocks: int
-
-
-class BlockPool:
-    """The blocks of one group: free, cached (free but still named by a hash) or in use (counted)."""
-
-    def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 2:
-            raise ValueError(f"a pool needs the null block and at least one more, not {num_blocks}")
-        self.num_usable = num_blocks - 1
-        self._blank = list(range(num_blocks - 1, NULL_BLOCK, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()
-        self._owners = [0] * num_blocks
-        self._hash_of: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
-
-    @property
-    def num_free(self) -> int:
-        return len(self._blank) + len(self._cached)
-
-    def take(self) -> int:
-        """A block for one owner; its old contents are forgotten. The caller has seen that one is free."""
-        if self._blank:
-            block = self._blank.pop()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            self.unname(block)
-        self._owners[block] = 1
-        return block
-
-    def share(self, block: int) -> None:
-        """One owner more, of a block found by its hash."""
-        if self._owners[block] == 0:
-            del self._cached[block]
-        self._owners[block] += 1
-
-    def give_back(self, block: int) -> None:
-        """One owner less."""
-        self._owners[block] -= 1
-        if self._owners[block] == 0:
-            if self._hash_of[block] is None:
-                self._blank.append(block)
-            else:
-                self._cached[block] = None
-
-    def find(self, block_hash: bytes) -> int | None:
-        return self._block_of.get(block_hash)
-
-    def is_idle(self, block: int) -> bool:
-        """True for a block without an owner."""
-        return self._owners[block] == 0
-
-    def name(self, block: int, block_hash: bytes) -> None:
-        """Let others find the block; where two requests computed the same, the first block keeps the name."""
-        if self._hash_of[block] is None and block_hash not in self._block_of:
-            self._hash_of[block] = block_hash
-            self._block_of[block_hash] = block
-
-    def unname(self, block: int) -> None:
-        """Nobody shall find the block again."""
-        block_hash = self._hash_of[block]
-        if block_hash is not None:
-            self._hash_of[block] = None
-            del self._block_of[block_hash]
 
 
 class BlockManager:
@@ -105,16 +42,20 @@ class BlockManager:
         max_num_seqs: int,
         max_model_len: int,
         hasher: PrefixHasher | None,
+        num_snapshots: int | None = None,
     ) -> None:
-        """hasher None: no prefix cache."""
+        """hasher None: no prefix cache. num_snapshots: for a model with recurrent state, whose every hit needs one."""
         self.block_size = block_size
-        self.windows = [group.window for group in groups]
+        self.sights = [group.sight for group in groups]
         self.pools = [BlockPool(group.num_blocks) for group in groups]
         width = -(-max_model_len // block_size)
         self.tables = [np.zeros((max_num_seqs, width), dtype=np.int32) for _ in groups]
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._hasher = hasher
+        self._hasher = None if num_snapshots == 0 else hasher
+        self.snapshots: Snapshots | None = None
+        if self._hasher is not None and num_snapshots is not None:
+            self.snapshots = Snapshots(max_num_seqs, num_snapshots)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         #: Blocks [first, end) of a slot's table are held: first per slot and group, end per slot.
         self._first = [[0] * len(groups) for _ in range(max_num_seqs)]
@@ -131,16 +72,16 @@ class BlockManager:
     def max_request_tokens(self) -> int:
         """The longest that one request can become with the cache to itself."""
         longest = self.tables[0].shape[1] * self.block_size
-        for pool, window in zip(self.pools, self.windows, strict=True):
-            if window is None or _chunk_beside_window(pool, window, self.block_size) < 1:
+        for pool, sight in zip(self.pools, self.sights, strict=True):
+            if sight.span is None or _chunk_beside(sight.span, pool, self.block_size) < 1:
                 longest = min(longest, pool.num_usable * self.block_size)
         return longest
 
     def max_chunk(self, wanted: int) -> int:
         """How many of the wanted tokens a lone request of any length may compute in one step."""
-        for pool, window in zip(self.pools, self.windows, strict=True):
-            if window is not None and pool.num_usable * self.block_size < self.max_request_tokens:
-                wanted = min(wanted, _chunk_beside_window(pool, window, self.block_size))
+        for pool, sight in zip(self.pools, self.sights, strict=True):
+            if sight.span is not None and pool.num_usable * self.block_size < self.max_request_tokens:
+                wanted = min(wanted, _chunk_beside(sight.span, pool, self.block_size))
         return wanted
 
     def open(self, request: Request, reserve: int) -> bool:
@@ -158,19 +99,21 @@ class BlockManager:
         slot = request.slot = self._free_slots.pop()
         self._named[slot] = self._end[slot] = length
         for group, blocks in enumerate(found):
-            first = first_block_seen(length * self.block_size, self.windows[group], self.block_size)
+            first = self.sights[group].first_block(length * self.block_size, self.block_size)
             for index in range(first, length):
                 block = blocks[index]
                 assert block is not None
                 self.pools[group].share(block)
                 self.tables[group][slot, index] = block
             self._first[slot][group] = first
+        if self.snapshots is not None and length:
+            self.snapshots.restore(request.block_hashes[length - 1], slot)
         request.num_computed_tokens = length * self.block_size
         self._count_prefix(request)
         return True
 
     def grow(self, request: Request, num_tokens: int) -> int:
-        """Hold blocks for the first num_tokens tokens of the request, those behind its windows given back first.
+        """Hold blocks for the first num_tokens tokens of the request, those out of its sight given back first.
 
         Returns for how many tokens there are blocks now: fewer than num_tokens where a pool ran out.
         """
@@ -191,12 +134,23 @@ class BlockManager:
         slot = request.slot
         if self._hasher is None or not request.shares_prefix or full <= self._named[slot]:
             return
-        self._hasher.extend(request.block_hashes, request.cache_salt, request.token_ids, full)
+        self._hasher.extend(request.block_hashes, _root(request), request.token_ids, full)
         for group, pool in enumerate(self.pools):
             table = self.tables[group][slot]
             for index in range(max(self._named[slot], self._first[slot][group]), full):
                 pool.name(int(table[index]), request.block_hashes[index])
         self._named[slot] = full
+        if self.snapshots is not None and self._is_border(request):
+            self.snapshots.save(slot, request.block_hashes[full - 1])
+
+    def cut(self, request: Request, wanted: int) -> int:
+        """Where a chunk that might reach `wanted` tokens should end, so that a recurrent state can be kept there."""
+        if self.snapshots is None or not request.shares_prefix:
+            return wanted
+        # A hit leaves at least the last token to compute, so the border before that one is the last of any use.
+        last = (request.num_tokens - 1) // self.block_size * self.block_size
+        border = min(wanted // self.block_size * self.block_size, last)
+        return border if border > request.num_computed_tokens else wanted
 
     def close(self, request: Request) -> None:
         """Take back the slot and everything held; named blocks stay findable until they are reused."""
@@ -219,39 +173,50 @@ class BlockManager:
         for group, pool in enumerate(self.pools):
             for block in self.tables[group][slot, self._first[slot][group] : self._end[slot]].tolist():
                 pool.unname(block)
+        if self.snapshots is not None:
+            for prefix in request.block_hashes:
+                self.snapshots.forget(prefix)
+
+    def _is_border(self, request: Request) -> bool:
+        """Whether the state after the computed tokens is worth a copy: between blocks, and not at every few tokens."""
+        computed, every = request.num_computed_tokens, self.block_size
+        if computed == request.num_tokens:
+            every *= -(-DECODE_INTERVAL // self.block_size)
+        return computed % every == 0
 
     def _leave_behind(self, request: Request) -> None:
         slot = request.slot
-        for group, window in enumerate(self.windows):
-            if window is None:
+        for group, sight in enumerate(self.sights):
+            if sight.span is None:
                 continue
             table, end = self.tables[group][slot], self._end[slot]
-            seen = min(end, first_block_seen(request.num_computed_tokens, window, self.block_size))
+            seen = min(end, sight.first_block(request.num_computed_tokens, self.block_size))
             for index in range(self._first[slot][group], seen):
                 self.pools[group].give_back(int(table[index]))
                 table[index] = NULL_BLOCK
             self._first[slot][group] = max(self._first[slot][group], seen)
 
     def _find_prefix(self, request: Request) -> list[list[int | None]]:
-        """Per group the cached blocks of the longest usable prefix (None where a window no longer needs one)."""
+        """Per group the cached blocks of the longest usable prefix (None where it is out of sight)."""
         if self._hasher is None or not request.shares_prefix:
             return [[] for _ in self.pools]
         limit = (request.num_tokens - 1) // self.block_size
-        self._hasher.extend(request.block_hashes, request.cache_salt, request.token_ids, limit)
+        self._hasher.extend(request.block_hashes, _root(request), request.token_ids, limit)
         hashes = request.block_hashes[:limit]
         found = [[pool.find(block_hash) for block_hash in hashes] for pool in self.pools]
         cached = [[block is not None for block in blocks] for blocks in found]
-        length = longest_prefix(cached, self.windows, self.block_size)
+        resumable = [True] * limit if self.snapshots is None else [prefix in self.snapshots for prefix in hashes]
+        length = longest_prefix(cached, self.sights, resumable, self.block_size)
         return [blocks[:length] for blocks in found]
 
     def _has_room(self, request: Request, found: list[list[int | None]], length: int, reserve: int) -> bool:
         """Room for all tokens of the request now known, and one more, beside the reserve."""
         end = request.num_tokens // self.block_size + 1
-        for pool, window, blocks in zip(self.pools, self.windows, found, strict=True):
-            first = first_block_seen(length * self.block_size, window, self.block_size)
+        for pool, sight, blocks in zip(self.pools, self.sights, found, strict=True):
+            first = sight.first_block(length * self.block_size, self.block_size)
             span = min(end - first, pool.num_usable)
-            if window is not None:
-                span = min(span, -(-window // self.block_size) + 1)
+            if sight.span is not None:
+                span = min(span, -(-sight.span // self.block_size) + 1)
             idle = sum(pool.is_idle(block) for block in blocks[first:] if block is not None)
             if span - (length - first) + reserve > pool.num_free - idle:
                 return False
@@ -265,6 +230,11 @@ class BlockManager:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
 
 
-def _chunk_beside_window(pool: BlockPool, window: int, block_size: int) -> int:
-    """Tokens that a pool holds after a window's keys, where both ends lie badly in their blocks."""
-    return (pool.num_usable - 1) * block_size - window + 2
+def _chunk_beside(span: int, pool: BlockPool, block_size: int) -> int:
+    """Tokens that a pool holds after the keys of a bounded sight, where both ends lie badly in their blocks."""
+    return (pool.num_usable - 1) * block_size - span + 2
+
+
+def _root(request: Request) -> tuple[str, str]:
+    """Only requests with the same of these share anything."""
+    return request.cache_salt, request.variant

@@ -1,73 +1,28 @@
-"""The keys and values of the layers that own some, and attention over them. Knows no request and no schedule.
+"""The memory of a model's layers between steps, and attention over it. Knows no request and no schedule.
 
-    T tokens of a step, R rows of a step, h query heads, kv key/value heads, d head dim
+    T tokens of a step, R rows of a step, h query heads, kv key/value heads, d head dim, S state slots
 
-Layers with the same window share a group: one set of block tables serves them all. `KVCache` is paged;
-`ContiguousCache` holds one stretch of memory for each row and does its own plain attention, so that it checks
-block tables, slot mappings and kernels rather than repeats them.
+`PagedCache` keeps keys, values and latents in blocks; engine/contiguous.py does the same without blocks, to check it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues, Latent, Recurrent
+from inferfleet.kernels.latent_attention import latent_attention, write_latent
 from inferfleet.kernels.paged_attention import paged_attention, write_kv
 
 if TYPE_CHECKING:
     from inferfleet.engine.batch import Batch
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """What one layer that owns keys and values stores for a token."""
-
-    num_kv_heads: int
-    head_dim: int
-    #: Keys that a query sees, itself included; None = all.
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.num_kv_heads, self.head_dim, 1 if self.window is None else self.window) < 1:
-            raise ValueError(f"a layer's num_kv_heads, head_dim and window must be at least 1: {self}")
-
-    @property
-    def elements_per_token(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """The layers that own keys and values, in the model's order. A layer that shares names its owner's index."""
-
-    layers: tuple[LayerSpec, ...]
-
-    def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("a cache needs at least one layer")
-
-    @cached_property
-    def windows(self) -> tuple[int | None, ...]:
-        """The window of each group, in order of first use."""
-        return tuple(dict.fromkeys(layer.window for layer in self.layers))
-
-    @cached_property
-    def group_of(self) -> tuple[int, ...]:
-        """The group of each layer."""
-        return tuple(self.windows.index(layer.window) for layer in self.layers)
-
-    def elements_per_token(self, group: int) -> int:
-        """Numbers that one token costs in all layers of a group."""
-        return sum(layer.elements_per_token for layer, g in zip(self.layers, self.group_of, strict=True) if g == group)
-
-
 class Cache(Protocol):
-    """What a step needs of a cache."""
+    """What a step needs of a cache; `layer` is an index of spec.layers."""
 
     spec: CacheSpec
     block_size: int
@@ -76,12 +31,54 @@ class Cache(Protocol):
         """Store k and v [T, kv, d] (None: another layer has stored them) and attend with q [T, h, d] -> [T, h, d]."""
         ...
 
+    def attend_latent(self, batch: Batch, layer: int, q: Tensor, latent: Tensor, scale: float) -> Tensor:
+        """Store latent [T, rank + rope_dim] and attend to it with q [T, h, rank + rope_dim] -> [T, h, rank]."""
+        ...
 
-class KVCache:
-    """Paged keys and values: for each layer K and V of [num_blocks, block_size, kv, d].
+    def states(self, layer: int) -> tuple[Tensor, ...]:
+        """A recurrent layer's parts, each [S, *shape]; a step updates its rows' slots in place."""
+        ...
 
-    Block 0 of every group is the null block: tables point to it where a windowed row has let go of a block. Slots that
-    a row has not written hold whatever their last owner left, NaN included: attention never reads them.
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Zeros, as before a sequence's first token."""
+        ...
+
+    def copy_states(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole slots (from, to), one after another."""
+        ...
+
+
+class States:
+    """The state slots of all recurrent layers; the same in every cache, because nothing about them is paged."""
+
+    def __init__(self, spec: CacheSpec, num_slots: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.parts: dict[int, tuple[Tensor, ...]] = {}
+        for index, layer in enumerate(spec.layers):
+            if isinstance(layer, Recurrent):
+                self.parts[index] = tuple(
+                    torch.zeros((num_slots, *part.shape), dtype=part.dtype or dtype, device=device)
+                    for part in layer.parts
+                )
+
+    def clear(self, slots: Sequence[int]) -> None:
+        for part in self._all():
+            part[list(slots)] = 0
+
+    def copy(self, moves: Sequence[tuple[int, int]]) -> None:
+        for part in self._all():
+            for source, target in moves:
+                part[target].copy_(part[source])
+
+    def _all(self) -> list[Tensor]:
+        return [part for parts in self.parts.values() for part in parts]
+
+
+class PagedCache:
+    """Blocks [num_blocks, block_size, ...] for every paged layer: K and V of [kv, d], or a latent of [rank + rope_dim].
+
+    Block 0 of every group is the null block: tables point to it where a row has let go of a block that its sight no
+    longer reaches. Places that a row has not written hold whatever their last owner left, NaN included: attention
+    never reads them.
     """
 
     def __init__(
@@ -90,21 +87,30 @@ class KVCache:
         num_blocks: Sequence[int],
         block_size: int,
         *,
+        num_states: int = 0,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """num_blocks: for each group, the null block included."""
+        """num_blocks: for each group, the null block included. num_states: slots, snapshots included."""
         self.spec = spec
         self.block_size = block_size
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for layer, group in zip(spec.layers, spec.group_of, strict=True):
-            shape = (num_blocks[group], block_size, layer.num_kv_heads, layer.head_dim)
-            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
-            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+        self._states = States(spec, num_states, dtype=dtype, device=device)
+        #: By layer: keys and values, or the latent alone.
+        self.blocks: dict[int, tuple[Tensor, ...]] = {}
+        for index, layer in enumerate(spec.layers):
+            if isinstance(layer, Recurrent):
+                continue
+            shape = (num_blocks[spec.group_of(layer)], block_size)
+            token = (
+                (layer.num_kv_heads, layer.head_dim) if isinstance(layer, KeyValues) else (layer.elements_per_token,)
+            )
+            count = 2 if isinstance(layer, KeyValues) else 1
+            self.blocks[index] = tuple(torch.zeros((*shape, *token), dtype=dtype, device=device) for _ in range(count))
 
     def attend(self, batch: Batch, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
-        keys, values, group = self.keys[layer], self.values[layer], self.spec.group_of[layer]
+        kind, (keys, values) = self.spec.layers[layer], self.blocks[layer]
+        assert isinstance(kind, KeyValues), "attend is for layers with keys and values"
+        group = self.spec.group_of(kind)
         if k is not None and v is not None:
             write_kv(k, v, keys, values, batch.slot_mapping[group])
         return paged_attention(
@@ -115,58 +121,25 @@ class KVCache:
             batch.query_start,
             batch.seq_lens,
             scale=scale,
-            window=self.spec.layers[layer].window,
+            window=kind.sight.window,
+            chunk=kind.sight.chunk,
             max_query_len=batch.max_query_len,
         )
 
+    def attend_latent(self, batch: Batch, layer: int, q: Tensor, latent: Tensor, scale: float) -> Tensor:
+        kind, (blocks,) = self.spec.layers[layer], self.blocks[layer]
+        assert isinstance(kind, Latent), "attend_latent is for layers with a latent"
+        group = self.spec.group_of(kind)
+        write_latent(latent, blocks, batch.slot_mapping[group])
+        return latent_attention(
+            q, blocks, batch.block_tables[group], batch.query_start, batch.seq_lens, rank=kind.rank, scale=scale
+        )
 
-class ContiguousCache(KVCache):
-    """The same face with one block as long as the longest context: `paged_attn=False`.
+    def states(self, layer: int) -> tuple[Tensor, ...]:
+        return self._states.parts[layer]
 
-    A row's context is one slice, and attention is written out in float32 torch. No null block: block b of the
-    tables is stretch b - 1.
-    """
+    def clear_states(self, slots: Sequence[int]) -> None:
+        self._states.clear(slots)
 
-    def __init__(
-        self,
-        spec: CacheSpec,
-        num_blocks: Sequence[int],
-        block_size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__(spec, [count - 1 for count in num_blocks], block_size, dtype=dtype, device=device)
-
-    def attend(self, batch: Batch, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
-        keys, values, group = self.keys[layer], self.values[layer], self.spec.group_of[layer]
-        out = torch.empty_like(q)
-        begin = 0
-        for row, (query_len, seq_len) in enumerate(batch.row_lens):
-            end = begin + query_len
-            stretch = int(batch.block_tables[group][row, 0]) - 1
-            if k is not None and v is not None:
-                keys[stretch, seq_len - query_len : seq_len] = k[begin:end]
-                values[stretch, seq_len - query_len : seq_len] = v[begin:end]
-            out[begin:end] = _attend_row(
-                q[begin:end],
-                keys[stretch, :seq_len],
-                values[stretch, :seq_len],
-                scale,
-                self.spec.layers[layer].window,
-            )
-            begin = end
-        return out
-
-
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """q [n, h, d] are the last n of the m tokens in k, v [m, kv, d] -> [n, h, d] in q's dtype."""
-    n, h, d = q.shape
-    m, kv, _ = k.shape
-    grouped = q.float().reshape(n, kv, h // kv, d)
-    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k.float()) * scale
-    query = torch.arange(m - n, m, device=q.device)[:, None]
-    key = torch.arange(m, device=q.device)[None, :]
-    hidden = key > query if window is None else (key > query) | (key <= query - window)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-    return torch.einsum("kgnm,mkd->nkgd", weights, v.float()).reshape(n, h, d).to(q.dtype)
+    def copy_states(self, moves: Sequence[tuple[int, int]]) -> None:
+        self._states.copy(moves)

@@ -19,7 +19,7 @@ from inferfleet.engine.output import Delta, StepOutput, Usage
 from inferfleet.engine.request import Request, Status
 from inferfleet.engine.sampler import RowState, SampledRows, Sampler
 from inferfleet.engine.sampling_params import SamplingParams
-from inferfleet.engine.scheduler import Scheduler
+from inferfleet.engine.scheduler import Plan, Scheduler
 from inferfleet.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Engine:
         plan = self.scheduler.plan()
         out.batch_tokens, self.num_steps = sum(plan.num_tokens), self.num_steps + 1
         try:
-            batch = self.builder.build(plan)
+            batch = self._build(plan)
             sampled = self._run(batch)
         except Exception as error:
             self._fail(plan.rows, self._explain(error), out)
@@ -148,7 +148,7 @@ class Engine:
         try:
             while (done := request.num_computed_tokens) < len(token_ids):
                 plan = self.scheduler.plan()
-                batch = self.builder.build(plan, scoring=True)
+                batch = self._build(plan, scoring=True)
                 logits[done : done + batch.num_tokens] = self._logits(batch)
                 self.scheduler.record(plan, [None])
         finally:
@@ -169,6 +169,11 @@ class Engine:
 
     def _answer(self, request: Request, published: Published) -> Answer:
         return Answer(request, RowState(request), self.tokenizer, published.text)
+
+    def _build(self, plan: Plan, *, scoring: bool = False) -> Batch:
+        if self.scheduler.blocks.snapshots is not None:
+            self.builder.cache.copy_states(self.scheduler.blocks.snapshots.take_moves())
+        return self.builder.build(plan, scoring=scoring)
 
     def _run(self, batch: Batch) -> SampledRows:
         if not batch.sample_rows:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inferfleet.engine.batch import Batch
-from inferfleet.engine.cache import CacheSpec
+from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
@@ -36,7 +36,7 @@ class Model(Protocol):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        """The layers that own keys and values."""
+        """What its layers keep between steps."""
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fills the weights and packs each layer that is complete; raises WeightsMismatch with every difference."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from inferfleet.engine.admission import Admission
 from inferfleet.engine.blocks import BlockManager, GroupSize
-from inferfleet.engine.cache import ContiguousCache, KVCache
+from inferfleet.engine.cache import PagedCache
+from inferfleet.engine.contiguous import ContiguousCache
 from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import LoadedModel, load_model
@@ -18,6 +19,7 @@ from inferfleet.engine.sampler import Sampler
 from inferfleet.engine.scheduler import Scheduler
 from inferfleet.engine.sizing import (
     DEFAULT_CONTEXT,
+    SNAPSHOT_SHARE,
     cache_budget,
     cache_bytes,
     free_memory,
@@ -47,11 +49,13 @@ class EngineSpec:
     max_num_batched_tokens: int = 2048
     paged_attn: bool = True
     prefix_caching: bool = True
+    #: Copies of recurrent states that the prefix cache may hold; None = up to one a seat, as memory allows.
+    state_snapshots: int | None = None
     #: CPU threads of the kernels; None = as many as torch has. Torch itself then keeps one, see kernels/threads.py.
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        counts = "max_model_len block_size kv_cache_tokens max_num_seqs max_num_batched_tokens threads"
+        counts = "max_model_len block_size kv_cache_tokens max_num_seqs max_num_batched_tokens state_snapshots threads"
         for name in counts.split():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -94,12 +98,24 @@ def build_engine(loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec) ->
     longest = _context(spec, loaded.config.max_positions)
     # A contiguous cache is one whose blocks are as long as a context.
     block_size = spec.block_size if spec.paged_attn else min(longest, spec.kv_cache_tokens or longest)
-    sizes = _cache_sizes(loaded, spec, block_size, longest)
-    counts = [size.num_blocks for size in sizes]
-    cache_class = KVCache if spec.paged_attn else ContiguousCache
-    cache = cache_class(loaded.model.cache_spec, counts, block_size, dtype=loaded.dtype, device=loaded.device)
     hasher = PrefixHasher(_identity(loaded), block_size) if spec.prefix_caching and spec.paged_attn else None
-    blocks = BlockManager(sizes, block_size, max_num_seqs=spec.max_num_seqs, max_model_len=longest, hasher=hasher)
+    snapshots = _snapshots(loaded, spec) if hasher is not None else None
+    num_states = spec.max_num_seqs + (snapshots or 0) if loaded.model.cache_spec.has_states else 0
+    state_bytes = num_states * loaded.model.cache_spec.state_bytes(loaded.dtype)
+    sizes = _cache_sizes(loaded, spec, block_size, longest, state_bytes)
+    counts = [size.num_blocks for size in sizes]
+    cache_class = PagedCache if spec.paged_attn else ContiguousCache
+    cache = cache_class(
+        loaded.model.cache_spec, counts, block_size, num_states=num_states, dtype=loaded.dtype, device=loaded.device
+    )
+    blocks = BlockManager(
+        sizes,
+        block_size,
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=longest,
+        hasher=hasher,
+        num_snapshots=snapshots,
+    )
     scheduler = Scheduler(blocks, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
     ends = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
     admission = Admission(loaded.config.vocab_size, min(longest, blocks.max_request_tokens), ends)
@@ -122,18 +138,31 @@ def _context(spec: EngineSpec, max_positions: int) -> int:
     return spec.max_model_len or max_positions
 
 
-def _cache_sizes(loaded: LoadedModel, spec: EngineSpec, block_size: int, longest: int) -> list[GroupSize]:
-    """Blocks of each group: for the tokens asked for, or for as many as seats and memory suggest."""
+def _snapshots(loaded: LoadedModel, spec: EngineSpec) -> int | None:
+    """Copies of states that are kept: as asked, or within their share of the cache's memory; None without states."""
+    if not loaded.model.cache_spec.has_states:
+        return None
+    if spec.state_snapshots is not None:
+        return spec.state_snapshots
+    each = loaded.model.cache_spec.state_bytes(loaded.dtype)
+    return max(1, min(spec.max_num_seqs, int(cache_budget(loaded.device) * SNAPSHOT_SHARE) // each))
+
+
+def _cache_sizes(
+    loaded: LoadedModel, spec: EngineSpec, block_size: int, longest: int, state_bytes: int
+) -> list[GroupSize]:
+    """Blocks of each group, beside the states: for the tokens asked for, or as seats and memory suggest."""
     cache_spec, itemsize = loaded.model.cache_spec, loaded.dtype.itemsize
     seats, chunk = spec.max_num_seqs, spec.max_num_batched_tokens
     if spec.kv_cache_tokens is None:
         # A CPU's memory is also for others: room for ordinary contexts in all seats, or for one of the longest.
         seat = longest if loaded.device.type == "cuda" else min(longest, DEFAULT_CONTEXT)
         wanted = max(longest, seats * seat)
-        budget = cache_budget(loaded.device)
+        budget = cache_budget(loaded.device) - state_bytes
         return sizes_within(cache_spec, budget, wanted, block_size, itemsize, max_num_seqs=seats, max_batched=chunk)
     sizes = group_sizes(cache_spec, spec.kv_cache_tokens, block_size, max_num_seqs=seats, max_num_batched_tokens=chunk)
-    needed, free = cache_bytes(cache_spec, sizes, block_size, itemsize), free_memory(loaded.device)
+    needed = cache_bytes(cache_spec, sizes, block_size, itemsize) + state_bytes
+    free = free_memory(loaded.device)
     if needed > free:
         raise LoadError(
             f"a KV cache of {spec.kv_cache_tokens} tokens takes {needed / 2**20:.0f} MiB, but only"

@@ -43,6 +43,8 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     #: False: computes every token itself and leaves nothing behind (scoring wants each position's logits).
     shares_prefix: bool = True
+    #: Which of the model's variants computes it (a slice, a set of rotary factors); "" where there are none.
+    variant: str = ""
 
     #: Prompt and output in one list: what the model has to have seen before the next token.
     token_ids: list[int] = field(init=False)

@@ -146,7 +146,7 @@ class Scheduler:
     def _place(self, request: Request) -> None:
         """Plan as many tokens of the request as budget and blocks allow, taking blocks from those after it."""
         computed = request.num_computed_tokens
-        wanted = computed + min(request.num_tokens - computed, self._budget, self.max_chunk)
+        wanted = self.blocks.cut(request, computed + min(request.num_tokens - computed, self._budget, self.max_chunk))
         covered = self.blocks.grow(request, wanted)
         while covered <= computed < wanted and self.running[-1] is not request:
             self._preempt(self.running[-1])

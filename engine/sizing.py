@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from inferfleet.engine.blocks import GroupSize
-from inferfleet.engine.cache import CacheSpec
+from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.errors import LoadError
 
 #: Without a wish, a CPU engine makes room for this much context in every seat ...
@@ -16,6 +16,8 @@ DEFAULT_CONTEXT = 4096
 #: ... within so many bytes, and within this share of the memory that is free.
 CPU_CACHE_BYTES = 2 << 30
 CPU_SHARE = 0.5
+#: Copies of recurrent states take at most this share of what the cache may have.
+SNAPSHOT_SHARE = 0.25
 #: A GPU engine takes what the weights left, less a reserve for activations, graphs and the allocator's gaps.
 GPU_SHARE = 0.9
 GPU_RESERVE_BYTES = 1 << 30
@@ -26,22 +28,22 @@ def group_sizes(
 ) -> list[GroupSize]:
     """Blocks of each group for a cache of so many tokens, null blocks included.
 
-    A windowed group needs no more than what all seats can see at once plus one step's tokens: less than tokens.
+    A group of bounded sight needs no more than what all seats see at once plus one step's tokens: less than tokens.
     """
     full = -(-tokens // block_size)
     sizes = []
-    for window in spec.windows:
+    for sight in spec.sights:
         blocks = full
-        if window is not None:
-            # Window and chunk may both begin and end inside a block, hence two more for a seat.
-            seen = max_num_seqs * (-(-window // block_size) + 2) + -(-max_num_batched_tokens // block_size)
+        if sight.span is not None:
+            # What is seen and the step's chunk may both begin and end inside a block, hence two more for a seat.
+            seen = max_num_seqs * (-(-sight.span // block_size) + 2) + -(-max_num_batched_tokens // block_size)
             blocks = min(full, seen)
-        sizes.append(GroupSize(window, blocks + 1))
+        sizes.append(GroupSize(sight, blocks + 1))
     return sizes
 
 
 def cache_bytes(spec: CacheSpec, sizes: Sequence[GroupSize], block_size: int, itemsize: int) -> int:
-    """Memory of all keys and values."""
+    """Memory of all keys, values and latents."""
     return sum(
         size.num_blocks * block_size * spec.elements_per_token(group) * itemsize for group, size in enumerate(sizes)
     )
@@ -63,7 +65,7 @@ def sizes_within(
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         raise LoadError(
-            f"{budget / 2**20:.0f} MiB are left for the KV cache, which is less than {block_size} tokens take;"
+            f"{max(budget, 0) / 2**20:.0f} MiB are left for the KV cache, which is less than {block_size} tokens take;"
             " free memory, or set max_model_len or max_num_seqs lower"
         )
     return sizes(low)

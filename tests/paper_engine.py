@@ -1,7 +1,8 @@
 """A scheduler and a block manager around a model on paper: a cell of the cache holds the name of a prefix.
 
 What a token stores is the hash of (salt, all tokens up to it), so reading a wrong, stale or foreign cell is noticed at
-once, and the next token is a function of what is read: equal tokens mean equal contexts.
+once, and the next token is a function of what is read: equal tokens mean equal contexts. With snapshots the model also
+has a recurrent state: the name of the last prefix that the row's slot has seen.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from inferfleet.engine.prefix import PrefixHasher
 from inferfleet.engine.request import Request, Status
 from inferfleet.engine.sampling_params import SamplingParams
 from inferfleet.engine.scheduler import Plan, Scheduler
+from inferfleet.engine.sight import Sight
 
 VOCAB = 5
 
@@ -23,31 +25,51 @@ def make_request(name: str, prompt: list[int], *, max_tokens: int = 4, output=()
     return Request(name, prompt, sampling, max_tokens=max_tokens, output_token_ids=list(output), **fields)
 
 
-def make_blocks(*groups: tuple[int | None, int], block_size=4, max_num_seqs=8, max_model_len=64, prefix=True):
+def sight(bound: int | Sight | None) -> Sight:
+    """A number is a window."""
+    return bound if isinstance(bound, Sight) else Sight(window=bound)
+
+
+def make_blocks(
+    *groups: tuple[int | Sight | None, int],
+    block_size=4,
+    max_num_seqs=8,
+    max_model_len=64,
+    prefix=True,
+    num_snapshots=None,
+):
     hasher = PrefixHasher("paper", block_size) if prefix else None
-    sizes = [GroupSize(window, count) for window, count in groups]
-    return BlockManager(sizes, block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len, hasher=hasher)
+    sizes = [GroupSize(sight(bound), count) for bound, count in groups]
+    return BlockManager(
+        sizes,
+        block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        hasher=hasher,
+        num_snapshots=num_snapshots,
+    )
 
 
 def names_of(request: Request) -> list[int]:
     """What each token of the request stores."""
-    name, names = hash(request.cache_salt), []
+    name, names = hash((request.cache_salt, request.variant)), []
     for token in request.token_ids:
         name = hash((name, token))
         names.append(name)
     return names
 
 
-def cold_tokens(request: Request, windows: list[int | None]) -> list[int]:
+def cold_tokens(request: Request, bounds: list[int | Sight | None]) -> list[int]:
     """What the request would write without cache, schedule or neighbours."""
-    probe = make_request("cold", list(request.prompt_token_ids), cache_salt=request.cache_salt)
+    same = {"cache_salt": request.cache_salt, "variant": request.variant}
+    probe = make_request("cold", list(request.prompt_token_ids), **same)
     for _ in range(request.max_tokens):
-        probe.append(next_token(names_of(probe), windows))
+        probe.append(next_token(names_of(probe), [sight(bound) for bound in bounds]))
     return probe.output_token_ids
 
 
-def next_token(names: list[int], windows: list[int | None]) -> int:
-    seen = tuple(tuple(names if window is None else names[-window:]) for window in windows)
+def next_token(names: list[int], sights: list[Sight]) -> int:
+    seen = tuple(tuple(names[sight.first_key(len(names) - 1) :]) for sight in sights)
     return hash(seen) % VOCAB
 
 
@@ -68,6 +90,8 @@ class PaperEngine:
         )
         self.cells: list[dict[int, int]] = [{} for _ in self.blocks.pools]
         self.most_blocks = [0] * len(self.blocks.pools)
+        #: Of a recurrent model, the name of the prefix in every slot, snapshots included.
+        self.states: dict[int, int] = {}
 
     def add(self, *requests: Request) -> None:
         self.scheduler.add(requests)
@@ -76,13 +100,16 @@ class PaperEngine:
         plan = self.scheduler.plan()
         assert sum(plan.num_tokens) <= self.max_num_batched_tokens
         assert len(plan.rows) <= self.max_num_seqs and len(set(plan.rows)) == len(plan.rows)
+        if self.blocks.snapshots is not None:
+            for source, target in self.blocks.snapshots.take_moves():
+                self.states[target] = self.states[source]
         for request, count in zip(plan.rows, plan.num_tokens, strict=True):
             self._write(request, count)
         tokens = []
         for request, count, samples in zip(plan.rows, plan.num_tokens, plan.samples, strict=True):
             self._check_reads(request, count)
             if samples:
-                tokens.append(next_token(names_of(request), self.blocks.windows))
+                tokens.append(next_token(names_of(request), self.blocks.sights))
         self.check_blocks()
         self.scheduler.record(plan, tokens)
         self.check_blocks()
@@ -104,6 +131,9 @@ class PaperEngine:
 
     def _write(self, request: Request, count: int) -> None:
         names, start = names_of(request), request.num_computed_tokens
+        if start and self.blocks.snapshots is not None:
+            assert self.states[request.slot] == names[start - 1], "the state of another prefix"
+        self.states[request.slot] = names[start + count - 1]
         for group, cells in enumerate(self.cells):
             for position in range(start, start + count):
                 cell = self._cell(group, request, position)
@@ -112,10 +142,9 @@ class PaperEngine:
 
     def _check_reads(self, request: Request, count: int) -> None:
         names, start = names_of(request), request.num_computed_tokens
-        for group, window in enumerate(self.blocks.windows):
+        for group, sight in enumerate(self.blocks.sights):
             for position in range(start, start + count):
-                first = 0 if window is None else max(0, position - window + 1)
-                for seen in range(first, position + 1):
+                for seen in range(sight.first_key(position), position + 1):
                     assert self.cells[group][self._cell(group, request, seen)] == names[seen]
 
     def check_blocks(self) -> None:

@@ -5,6 +5,7 @@ from paper_engine import PaperEngine, cold_tokens, make_blocks, make_request
 
 from inferfleet.engine.blocks import BlockPool
 from inferfleet.engine.request import Status
+from inferfleet.engine.sight import Sight
 
 
 def test_a_named_block_waits_to_be_found_and_forgets_its_name_when_reused():
@@ -88,6 +89,8 @@ GROUPS = st.sampled_from(
         [(None, 11), (6, 11)],
         [(None, 13), (3, 6), (9, 8)],
         [(5, 6)],
+        [(None, 11), (Sight(chunk=6), 11)],
+        [(Sight(chunk=4), 6), (Sight(chunk=10), 8)],
     ]
 )
 ACTIONS = st.lists(
@@ -109,10 +112,20 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(groups=GROUPS, actions=ACTIONS, budget=st.sampled_from([3, 7, 16]), prefix=st.booleans())
-def test_no_sequence_of_events_leaks_or_mixes_blocks_and_all_tokens_are_the_cold_ones(groups, actions, budget, prefix):
+@given(
+    groups=GROUPS,
+    actions=ACTIONS,
+    budget=st.sampled_from([3, 7, 16]),
+    prefix=st.booleans(),
+    num_snapshots=st.sampled_from([None, 0, 1, 3, 20]),
+)
+def test_no_sequence_of_events_leaks_or_mixes_blocks_and_all_tokens_are_the_cold_ones(
+    groups, actions, budget, prefix, num_snapshots
+):
     # Given a pool so small that requests are preempted (most prompts share prefixes: two tokens, two tenants).
-    engine = PaperEngine(make_blocks(*groups, prefix=prefix), max_num_seqs=8, max_num_batched_tokens=budget)
+    engine = PaperEngine(
+        make_blocks(*groups, prefix=prefix, num_snapshots=num_snapshots), max_num_seqs=8, max_num_batched_tokens=budget
+    )
     requests = []
     # When requests come, run and are cancelled in any order (every step checks every cell and every block).
     for number, (action, *rest) in enumerate(actions):
@@ -141,7 +154,7 @@ def test_no_sequence_of_events_leaks_or_mixes_blocks_and_all_tokens_are_the_cold
     assert all(pool.num_free == pool.num_usable for pool in engine.blocks.pools)
     for request in requests:
         assert request.status is Status.FINISHED
-        expected = cold_tokens(request, engine.blocks.windows)
+        expected = cold_tokens(request, engine.blocks.sights)
         if request.finish_reason != "cancelled":
             assert request.output_token_ids == expected
         else:

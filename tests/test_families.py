@@ -94,7 +94,7 @@ def test_a_published_size_holds_as_many_weights_and_costs_as_much_cache_as_it_sh
     assert held / 1e9 == pytest.approx(billions, rel=2e-3)
     # and a token costs the bytes that its layers store, in the windowed and in the unbounded part.
     spec = model.cache_spec
-    assert {window: 2 * spec.elements_per_token(group) for group, window in enumerate(spec.windows)} == cache
+    assert {sight.span: 2 * spec.elements_per_token(group) for group, sight in enumerate(spec.sights)} == cache
 
 
 #: A few published tensors of each kind of layer, with their shapes.

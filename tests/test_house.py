@@ -91,7 +91,20 @@ def test_tasks_and_workers_never_import_torch(room):
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["scheduler", "blocks", "prefix", "request", "sampling_params", "text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scheduler",
+        "blocks",
+        "block_pool",
+        "snapshots",
+        "sight",
+        "prefix",
+        "request",
+        "sampling_params",
+        "text",
+    ],
+)
 def test_the_hard_logic_of_the_engine_is_free_of_torch(name):
     entry = ROOT / "engine" / name
     files = sorted(entry.rglob("*.py")) if entry.is_dir() else [entry.with_suffix(".py")]

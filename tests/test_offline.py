@@ -1,4 +1,5 @@
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from inferfleet.engine.errors import ContextLengthExceeded, InvalidRequest, Load
 from inferfleet.engine.model_errors import ModelUnavailable
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams
+from inferfleet.engine.sight import Sight
 from inferfleet.engine.text.chat import ChatTemplateError
 
 CONTEXT = 256
@@ -41,7 +43,7 @@ def llm(folders):
     def make(name="qwen3", **settings):
         made = LLM(folders(name)[0], **(defaults | settings))
         # What nobody has written must never be read.
-        for tensor in (*made.engine.builder.cache.keys, *made.engine.builder.cache.values):
+        for tensor in chain.from_iterable(made.engine.builder.cache.blocks.values()):
             tensor.fill_(float("nan"))
         return made
 
@@ -142,7 +144,7 @@ def test_scores_are_the_logits_of_transformers_over_several_chunks(llm, folders)
 def test_a_windowed_family_gives_blocks_back_while_it_computes(llm):
     # Given a Gemma with a window of 16 beside full layers, and a cache that just holds the context in full layers.
     engine = llm("gemma4-e2b", max_num_batched_tokens=16, max_num_seqs=1).engine
-    windowed = engine.scheduler.blocks.windows.index(16)
+    windowed = engine.scheduler.blocks.sights.index(Sight(window=16))
     pool = engine.scheduler.blocks.pools[windowed]
     engine.add("long", list(range(200)), SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
     most = 0

@@ -1,11 +1,16 @@
 from paper_engine import PaperEngine, cold_tokens, make_blocks, make_request
 
-from inferfleet.engine.prefix import PrefixHasher, first_block_seen, longest_prefix
+from inferfleet.engine.prefix import PrefixHasher, longest_prefix
+from inferfleet.engine.sight import Sight
 
 
-def chain(tokens, salt="", identity="model", block_size=4):
+def longest(cached, windows):
+    return longest_prefix(cached, [Sight(window) for window in windows], [True] * len(cached[0]), 4)
+
+
+def chain(tokens, salt="", identity="model", block_size=4, variant=""):
     hashes: list[bytes] = []
-    PrefixHasher(identity, block_size).extend(hashes, salt, tokens, len(tokens) // block_size)
+    PrefixHasher(identity, block_size).extend(hashes, (salt, variant), tokens, len(tokens) // block_size)
     return hashes
 
 
@@ -19,7 +24,8 @@ def test_equal_prefixes_have_equal_hashes_and_differ_from_the_first_unequal_bloc
 def test_salt_model_and_block_size_separate_equal_tokens():
     tokens = list(range(8))
     names = [chain(tokens), chain(tokens, salt="x"), chain(tokens, identity="other"), chain(tokens, block_size=8)]
-    assert len({hashes[0] for hashes in names}) == 4
+    names.append(chain(tokens, variant="small"))
+    assert len({hashes[0] for hashes in names}) == 5
 
 
 def test_identity_and_salt_do_not_run_together():
@@ -29,33 +35,33 @@ def test_identity_and_salt_do_not_run_together():
 def test_a_chain_is_extended_in_place_without_changing_what_is_there():
     hasher, tokens = PrefixHasher("m", 4), list(range(12))
     hashes: list[bytes] = []
-    hasher.extend(hashes, "s", tokens, 1)
+    hasher.extend(hashes, ("s", ""), tokens, 1)
     first = hashes[0]
-    hasher.extend(hashes, "s", tokens, 3)
+    hasher.extend(hashes, ("s", ""), tokens, 3)
     assert hashes[0] == first and hashes == chain(tokens, "s", "m")
 
 
 def test_a_window_sees_back_to_the_block_of_its_first_key():
-    assert first_block_seen(16, None, 4) == 0
-    assert first_block_seen(16, 4, 4) == 3  # keys 13..15, and 16 itself
-    assert first_block_seen(16, 5, 4) == 3  # keys 12..15
-    assert first_block_seen(16, 6, 4) == 2  # keys 11..15
+    assert Sight(None).first_block(16, 4) == 0
+    assert Sight(4).first_block(16, 4) == 3  # keys 13..15, and 16 itself
+    assert Sight(5).first_block(16, 4) == 3  # keys 12..15
+    assert Sight(6).first_block(16, 4) == 2  # keys 11..15
 
 
 def test_a_full_group_needs_every_block_before_the_boundary():
-    assert longest_prefix([[True, True, False, True]], [None], 4) == 2
+    assert longest([[True, True, False, True]], [None]) == 2
 
 
 def test_a_windowed_group_needs_only_the_blocks_that_the_next_token_sees():
     # Given a window of 5, so that one block before the boundary is enough.
-    assert longest_prefix([[True] * 4, [False, False, False, True]], [None, 5], 4) == 4
+    assert longest([[True] * 4, [False, False, False, True]], [None, 5]) == 4
     # And where the last block is gone, the boundary moves back to where a block is left.
-    assert longest_prefix([[True] * 4, [False, True, False, False]], [None, 5], 4) == 2
-    assert longest_prefix([[True] * 4, [False] * 4], [None, 5], 4) == 0
+    assert longest([[True] * 4, [False, True, False, False]], [None, 5]) == 2
+    assert longest([[True] * 4, [False] * 4], [None, 5]) == 0
 
 
 def test_a_window_of_one_token_needs_nothing_behind_the_boundary():
-    assert longest_prefix([[True] * 3, [False] * 3], [None, 1], 4) == 3
+    assert longest([[True] * 3, [False] * 3], [None, 1]) == 3
 
 
 def test_the_second_of_two_equal_prompts_takes_all_blocks_but_leaves_a_token_to_compute():

@@ -1,11 +1,14 @@
 import pytest
+import torch
 
 from inferfleet.engine.blocks import BlockManager
-from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues, Latent, Recurrent, StatePart
 from inferfleet.engine.errors import LoadError
+from inferfleet.engine.sight import Sight
 from inferfleet.engine.sizing import cache_bytes, group_sizes, sizes_within
 
-SPEC = CacheSpec((LayerSpec(2, 8), LayerSpec(1, 16, window=64), LayerSpec(2, 8), LayerSpec(1, 16, window=64)))
+WINDOWED = KeyValues(1, 16, Sight(window=64))
+SPEC = CacheSpec((KeyValues(2, 8), WINDOWED, KeyValues(2, 8), WINDOWED))
 
 
 def sizes(tokens, block_size=16, max_num_seqs=4, max_num_batched_tokens=128, spec=SPEC):
@@ -19,8 +22,8 @@ def within(budget, wanted, block_size=16):
 
 
 def test_layers_with_the_same_window_share_a_group():
-    assert SPEC.windows == (None, 64)
-    assert SPEC.group_of == (0, 1, 0, 1)
+    assert SPEC.sights == (Sight(), Sight(window=64))
+    assert [SPEC.group_of(layer) for layer in SPEC.layers] == [0, 1, 0, 1]
     assert SPEC.elements_per_token(0) == 2 * 2 * 2 * 8
 
 
@@ -65,6 +68,18 @@ def test_no_memory_for_a_single_block_is_an_error_with_the_figures():
 
 def test_a_layer_without_heads_is_a_bug_of_its_family():
     with pytest.raises(ValueError, match="at least 1"):
-        LayerSpec(0, 8)
+        KeyValues(0, 8)
     with pytest.raises(ValueError, match="at least one layer"):
         CacheSpec(())
+
+
+def test_kinds_of_layers_cost_what_they_store():
+    # Given a latent beside a chunked layer and one with a state,
+    state = Recurrent((StatePart((6, 3)), StatePart((2, 4, 4), torch.float32)))
+    spec = CacheSpec((Latent(16, 4), KeyValues(2, 8, Sight(chunk=32)), state, state, Latent(16, 4)))
+    # then each group's tokens cost its own layers' numbers, and a sequence its states in their own number formats.
+    assert spec.sights == (Sight(), Sight(chunk=32))
+    assert (spec.elements_per_token(0), spec.elements_per_token(1)) == (40, 32)
+    assert spec.has_states and spec.state_bytes(torch.bfloat16) == 2 * (18 * 2 + 32 * 4)
+    with pytest.raises(ValueError, match="at least one layer"):
+        CacheSpec((state,))

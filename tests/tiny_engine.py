@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,13 +11,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues
 from inferfleet.engine.config import ModelConfig
 from inferfleet.engine.engine import Engine
 from inferfleet.engine.families import LoadedModel
 from inferfleet.engine.loader import EngineSpec, build_engine
 from inferfleet.engine.output import StepOutput
 from inferfleet.engine.sampling_params import SamplingParams
+from inferfleet.engine.sight import Sight
 from inferfleet.engine.text.tokenizer import Tokenizer
 
 HIDDEN, HEADS, HEAD_DIM = 32, 4, 8
@@ -28,7 +30,7 @@ CONTEXT = 256
 class TinyModel:
     """Three attention layers, one windowed, and a fourth that reads the first's keys and values."""
 
-    cache_spec = CacheSpec((LayerSpec(2, HEAD_DIM), LayerSpec(1, HEAD_DIM, window=11), LayerSpec(4, HEAD_DIM)))
+    cache_spec = CacheSpec((KeyValues(2, HEAD_DIM), KeyValues(1, HEAD_DIM, Sight(window=11)), KeyValues(4, HEAD_DIM)))
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -77,7 +79,7 @@ def tiny_engine(folder: Path, **settings) -> Engine:
     loaded = LoadedModel(TinyModel(), config, "tiny", folder, None, torch.float32, torch.device("cpu"), {})
     defaults = {"path": str(folder), "block_size": 4, "kv_cache_tokens": 1024, "max_num_seqs": 16}
     engine, _ = build_engine(loaded, Tokenizer(folder), EngineSpec(**(defaults | settings)))
-    for tensor in (*engine.builder.cache.keys, *engine.builder.cache.values):
+    for tensor in chain.from_iterable(engine.builder.cache.blocks.values()):
         tensor.fill_(float("nan"))
     return engine
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inferfleet.engine.batch import Batch
-from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues
 from inferfleet.engine.config import Fields, text_section
 from inferfleet.engine.layers.embedding import Embedding, Head
 from inferfleet.engine.layers.experts import Experts
@@ -31,6 +31,7 @@ from inferfleet.engine.layers.vector import Vector
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
+from inferfleet.engine.sight import Sight
 from inferfleet.kernels.rms_norm import rms_norm
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -316,7 +317,7 @@ class Gemma4ForCausalLM(Decoder):
     @property
     def cache_spec(self) -> CacheSpec:
         owners = (plan for plan in self.config.layers if plan.owns_kv)
-        return CacheSpec(tuple(LayerSpec(plan.num_kv_heads, plan.head_dim, plan.window) for plan in owners))
+        return CacheSpec(tuple(KeyValues(plan.num_kv_heads, plan.head_dim, Sight(plan.window)) for plan in owners))
 
     def skipped_tensors(self) -> Iterable[str]:
         """The hub's files hold keys and values of layers that share others', and may hold the tied head."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from inferfleet.engine.batch import Batch
-from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues
 from inferfleet.engine.config import Fields, text_section
 from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention, sliding_window
 from inferfleet.engine.layers.embedding import Embedding, Head
@@ -21,6 +21,7 @@ from inferfleet.engine.layers.rotary import Rotary, rope_fields
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
+from inferfleet.engine.sight import Sight
 
 
 class Block(nn.Module):
@@ -70,7 +71,7 @@ class Qwen3ForCausalLM(Decoder):
     @property
     def cache_spec(self) -> CacheSpec:
         shape = self.shape
-        return CacheSpec(tuple(LayerSpec(shape.num_kv_heads, shape.head_dim, window) for window in self.windows))
+        return CacheSpec(tuple(KeyValues(shape.num_kv_heads, shape.head_dim, Sight(window)) for window in self.windows))
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()

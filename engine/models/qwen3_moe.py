@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inferfleet.engine.batch import Batch
-from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues
 from inferfleet.engine.config import Fields, text_section
 from inferfleet.engine.layers.attention import AttentionShape, HeadNormAttention, sliding_window
 from inferfleet.engine.layers.embedding import Embedding, Head
@@ -26,6 +26,7 @@ from inferfleet.engine.layers.rotary import Rotary, rope_fields
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
+from inferfleet.engine.sight import Sight
 
 
 class SparseMLP(nn.Module):
@@ -98,7 +99,9 @@ class Qwen3MoeForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec((LayerSpec(self.shape.num_kv_heads, self.shape.head_dim, self.window),) * len(self.layers))
+        return CacheSpec(
+            (KeyValues(self.shape.num_kv_heads, self.shape.head_dim, Sight(self.window)),) * len(self.layers)
+        )
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from inferfleet.engine.batch import Batch, BatchBuilder
-from inferfleet.engine.cache import ContiguousCache, KVCache
+from inferfleet.engine.cache import PagedCache
+from inferfleet.engine.contiguous import ContiguousCache
 from inferfleet.engine.families import Model
 from inferfleet.engine.request import Request
 from inferfleet.engine.sampling_params import SamplingParams
@@ -37,13 +38,13 @@ class Direct:
         per_row = -(-LONGEST // size)
         shuffled = random.Random(0)
         self.tables = []
-        for _ in spec.windows:
+        for _ in spec.sights:
             blocks = list(range(1, SLOTS * per_row + 1))
             shuffled.shuffle(blocks)
             self.tables.append(np.array(blocks, dtype=np.int32).reshape(SLOTS, per_row))
-        kind = KVCache if self.paged else ContiguousCache
-        counts = [SLOTS * per_row + 1] * len(spec.windows)
-        self.cache = kind(spec, counts, size, dtype=self.dtype, device="cpu")
+        kind = PagedCache if self.paged else ContiguousCache
+        counts = [SLOTS * per_row + 1] * len(spec.sights)
+        self.cache = kind(spec, counts, size, num_states=SLOTS, dtype=self.dtype, device="cpu")
         self.builder = BatchBuilder(self.cache, self.tables, max_num_batched_tokens=SLOTS * LONGEST, device="cpu")
 
     def request(self, slot: int, ids: Sequence[int]) -> Request:

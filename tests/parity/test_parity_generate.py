@@ -10,6 +10,7 @@ from parity.checkpoints.writing import Reference
 
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams
+from inferfleet.engine.sight import EVERYTHING
 
 NAMES = list(ARCHITECTURES)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
@@ -110,7 +111,7 @@ def test_text_across_a_preemption_is_the_references(name, seed, reference, load)
     # Given a cache that holds the beginnings of all answers but not their ends (a row of a model with windows alone
     # grows no further than its window),
     judge = reference(name, seed)
-    grows = None in load(judge.folder).cache_spec.windows
+    grows = EVERYTHING in load(judge.folder).cache_spec.sights
     tokens = prompts(judge, 13, [40, 33, 50, 21] if grows else [6, 5, 4, 3, 7, 2])
     room = 240 if grows else 96
     engine = llm(judge, block_size=8, kv_cache_tokens=room, max_model_len=128)
