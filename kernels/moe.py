@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inferfleet.kernels import build, linear, threads
 from inferfleet.kernels.gated_activation import Kind, gated_activation
-from inferfleet.kernels.linear import PackedLinear
+from inferfleet.kernels.grouped_linear import GroupedLinear, sort_by_group
 
 
 def reference(
@@ -47,7 +47,7 @@ class PackedExperts:
     """The same product over weights that were laid out once: call it with (x, topk_ids, topk_weights).
 
     gate_up [E, 2I, H] and down [E, H, I] are taken over; drop yours after this, or memory holds both. On a CPU that
-    csrc/moe.cpp suits, one call does all experts; elsewhere each chosen expert runs two packed linears.
+    csrc/moe.cpp suits, one call does all experts; elsewhere two grouped products do.
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor, activation: Kind) -> None:
@@ -60,13 +60,11 @@ class PackedExperts:
             self.up = _stack(gate_up[:, self.inner :])
             self.down = _stack(down)
         else:
-            self.pairs = [
-                (PackedLinear(first), PackedLinear(second)) for first, second in zip(gate_up, down, strict=True)
-            ]
+            self.first, self.second = GroupedLinear(gate_up), GroupedLinear(down)
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """x [T, H], topk_ids [T, K] int below E, topk_weights [T, K] -> [T, H]."""
-        run = self._fused if self.is_fused else self._expert_by_expert
+        run = self._fused if self.is_fused else self._sorted
         return run(x, topk_ids, topk_weights)
 
     def _fused(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -92,17 +90,10 @@ class PackedExperts:
         )
         return out
 
-    def _expert_by_expert(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        flat = topk_ids.flatten()
-        order, counts = flat.argsort(stable=True), flat.bincount(minlength=self.num_experts).tolist()
-        gathered = x[order // topk_ids.shape[1]]
-        parts = torch.empty(gathered.shape, dtype=torch.float32, device=x.device)
-        begin = 0
-        for (gate_up, down), count in zip(self.pairs, counts, strict=True):
-            if count:
-                rows = slice(begin, begin + count)
-                parts[rows] = down(gated_activation(gate_up(gathered[rows]), self.activation))
-                begin += count
+    def _sorted(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        order, offsets = sort_by_group(topk_ids.flatten(), self.num_experts)
+        inner = gated_activation(self.first(x[order // topk_ids.shape[1]], offsets), self.activation)
+        parts = self.second(inner, offsets).float()
         # Back to [T, K, H], so that a token's choices are added in the order of k whatever else is in the batch.
         by_choice = torch.empty_like(parts).index_copy_(0, order, parts).view(*topk_ids.shape, x.shape[1])
         return (by_choice * topk_weights.float().unsqueeze(2)).sum(1).to(x.dtype)
