@@ -23,6 +23,8 @@ from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 FAMILIES = {
     "Gemma4ForCausalLM": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForCausalLM"),
     "Gemma4ForConditionalGeneration": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForConditionalGeneration"),
+    "Llama4ForCausalLM": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForCausalLM"),
+    "Llama4ForConditionalGeneration": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForConditionalGeneration"),
     "Qwen3ForCausalLM": ("qwen3", "inferfleet.engine.models.qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
 }

@@ -28,6 +28,12 @@ def sizes(hidden, wide, layers, heads, kv_heads, **others):
     return {**dict(zip(names, (hidden, wide, layers, heads, kv_heads), strict=True)), **others}
 
 
+LLAMA4 = sizes(5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16_384, no_rope_layers=[]) | {
+    "vocab_size": 202_048,
+    "max_position_embeddings": 1_048_576,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 8192,
+}
 LARGE = {"attention_k_eq_v": True, "sliding_window": 1024}
 #: name -> (architecture, config, billions of weights of the text model, {window or None: KV bytes a token in bfloat16})
 PUBLISHED = {
@@ -61,6 +67,18 @@ PUBLISHED = {
         | {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
         25.2,
         {1024: 25 * 8192, None: 20 * 1024},
+    ),
+    "Llama 4 Scout": (
+        "Llama4ForConditionalGeneration",
+        LLAMA4 | {"num_local_experts": 16, "interleave_moe_layer_step": 1},
+        107.77,
+        {8192: 36 * 4096, None: 48 * 1024},
+    ),
+    "Llama 4 Maverick": (
+        "Llama4ForConditionalGeneration",
+        LLAMA4 | {"num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False},
+        400.71,
+        {8192: 36 * 4096, None: 48 * 1024},
     ),
     "Qwen3 0.6B": (
         "Qwen3ForCausalLM",

@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_told_with_every_tensor_that_is_wrong(name, tmp_
     gone, renamed, reshaped = (
         next(name for name in tensors if name.endswith(end))
         for end in (
-            "layers.0.self_attn.q_norm.weight",
+            "layers.0.post_attention_layernorm.weight",
             "layers.1.input_layernorm.weight",
             "layers.0.self_attn.o_proj.weight",
         )

@@ -1,8 +1,9 @@
 """Tiny random checkpoints in the hub's layout, one file a family, and the reference that judges them."""
 
-from parity.checkpoints import gemma4, qwen3
+from parity.checkpoints import gemma4, llama4, qwen3
 
 ARCHITECTURES = {
     **gemma4.ARCHITECTURES,
+    **llama4.ARCHITECTURES,
     **qwen3.ARCHITECTURES,
 }
