@@ -22,6 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 
@@ -93,6 +94,12 @@ def test_rows_are_sorted_by_group_and_keep_their_order_in_it():
     assert ends.tolist() == [0, 2, 3, 3, 5, 5] and ends.dtype == torch.int32
 
 
+def test_sorting_reads_nothing_that_would_wait_for_a_device():
+    # Given groups that have no numbers, only a shape, then whatever looked at one would raise.
+    order, ends = grouped.sort_by_group(torch.empty(9, dtype=torch.int64, device="meta"), 4)
+    assert order.shape == (9,) and ends.shape == (5,)
+
+
 def test_a_mixture_that_scales_its_inputs_needs_no_path_of_its_own():
     # Given choices whose weight multiplies what goes into the expert,
     gate_up, down = numbers(6, 96, 64) / 8, numbers(6, 64, 48, seed=1) / 7
@@ -133,6 +140,8 @@ for counts in COUNTS:
                 begin = int(offsets[group])
                 alone = torch.tensor([0] * (group + 1) + [1] * (len(counts) - group), dtype=torch.int32)
                 assert torch.equal(kernel.grouped_linear(x[begin : begin + 1], alone, weight)[0], actual[begin])
+group, begin = kernel.place_tiles(torch.empty(5, dtype=torch.int32, device="meta"), 130)
+assert group.shape == begin.shape == (3 + 4,)
 print("same")
 """
 
