@@ -27,6 +27,7 @@ FAMILIES = {
     "Llama4ForConditionalGeneration": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForConditionalGeneration"),
     "Qwen3ForCausalLM": ("qwen3", "inferfleet.engine.models.qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
+    "Qwen3NextForCausalLM": ("qwen3_next", "inferfleet.engine.models.qwen3_next", "Qwen3NextForCausalLM"),
 }
 
 

@@ -93,6 +93,12 @@ PUBLISHED = {
         30.5,
         {None: 96 * 1024},
     ),
+    "Qwen3-Next 80B-A3B": (
+        "Qwen3NextForCausalLM",
+        QWEN | sizes(2048, 5120, 48, 16, 2, head_dim=256, num_experts=512, full_attention_interval=4),
+        79.7,
+        {None: 24 * 1024},
+    ),
 }
 
 
