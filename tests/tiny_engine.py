@@ -72,11 +72,14 @@ def tokenizer_json() -> str:
     return backend.to_str()
 
 
-def tiny_engine(folder: Path, **settings) -> Engine:
-    """An engine around a TinyModel; its cache is NaN where nothing was written, so that no stale slot goes unseen."""
+def tiny_engine(folder: Path, *, model=None, **settings) -> Engine:
+    """An engine around a TinyModel, or `model`.
+
+    Its cache is NaN where nothing was written, so that no stale slot goes unseen.
+    """
     (folder / "tokenizer.json").write_text(tokenizer_json())
     config = ModelConfig("Tiny", {}, VOCAB, CONTEXT, (EOS,), None, None, "float32", {})
-    loaded = LoadedModel(TinyModel(), config, "tiny", folder, None, torch.float32, torch.device("cpu"), {})
+    loaded = LoadedModel(model or TinyModel(), config, "tiny", folder, None, torch.float32, torch.device("cpu"), {})
     defaults = {"path": str(folder), "block_size": 4, "kv_cache_tokens": 1024, "max_num_seqs": 16}
     engine, _ = build_engine(loaded, Tokenizer(folder), EngineSpec(**(defaults | settings)))
     for tensor in chain.from_iterable(engine.builder.cache.blocks.values()):
