@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ from inferfleet.engine.admission import Admission
 from inferfleet.engine.blocks import BlockManager, GroupSize
 from inferfleet.engine.cache import PagedCache
 from inferfleet.engine.contiguous import ContiguousCache
+from inferfleet.engine.costs import in_units
 from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import LoadedModel, load_model
@@ -22,13 +24,17 @@ from inferfleet.engine.sizing import (
     SNAPSHOT_SHARE,
     cache_budget,
     cache_bytes,
+    cache_costs,
     free_memory,
     group_sizes,
+    held_tokens,
     sizes_within,
 )
 from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
 from inferfleet.kernels import threads
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +46,7 @@ class EngineSpec:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    #: Tokens of prompt and answer together; None = what the checkpoint allows.
+    #: Tokens of prompt and answer together; None = what the checkpoint allows, or the most that memory holds.
     max_model_len: int | None = None
     block_size: int = 16
     #: Tokens that the cache holds; None = from the memory that is free.
@@ -104,21 +110,25 @@ def build_engine(loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec) ->
     state_bytes = num_states * loaded.model.cache_spec.state_bytes(loaded.dtype)
     sizes = _cache_sizes(loaded, spec, block_size, longest, state_bytes)
     counts = [size.num_blocks for size in sizes]
-    cache_class = PagedCache if spec.paged_attn else ContiguousCache
-    cache = cache_class(
-        loaded.model.cache_spec, counts, block_size, num_states=num_states, dtype=loaded.dtype, device=loaded.device
-    )
+    held = held_tokens(sizes, block_size, longest)
     blocks = BlockManager(
         sizes,
         block_size,
         max_num_seqs=spec.max_num_seqs,
-        max_model_len=longest,
+        max_model_len=held,
         hasher=hasher,
         num_snapshots=snapshots,
     )
+    held = min(held, blocks.max_request_tokens)
+    if held < longest:
+        _cut_or_refuse(loaded, spec, _context_bytes(loaded, spec, block_size, longest) + state_bytes, longest, held)
+    cache_class = PagedCache if spec.paged_attn else ContiguousCache
+    cache = cache_class(
+        loaded.model.cache_spec, counts, block_size, num_states=num_states, dtype=loaded.dtype, device=loaded.device
+    )
     scheduler = Scheduler(blocks, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
     ends = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
-    admission = Admission(loaded.config.vocab_size, min(longest, blocks.max_request_tokens), ends)
+    admission = Admission(loaded.config.vocab_size, held, ends)
     engine = Engine(loaded.model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device)
     return engine, (max(counts) - 1) * block_size
 
@@ -158,18 +168,41 @@ def _cache_sizes(
         # A CPU's memory is also for others: room for ordinary contexts in all seats, or for one of the longest.
         seat = longest if loaded.device.type == "cuda" else min(longest, DEFAULT_CONTEXT)
         wanted = max(longest, seats * seat)
-        budget = cache_budget(loaded.device) - state_bytes
+        wish = 0 if spec.max_model_len is None else _context_bytes(loaded, spec, block_size, longest) + state_bytes
+        budget = cache_budget(loaded.device, wish) - state_bytes
         return sizes_within(cache_spec, budget, wanted, block_size, itemsize, max_num_seqs=seats, max_batched=chunk)
     sizes = group_sizes(cache_spec, spec.kv_cache_tokens, block_size, max_num_seqs=seats, max_num_batched_tokens=chunk)
     needed = cache_bytes(cache_spec, sizes, block_size, itemsize) + state_bytes
     free = free_memory(loaded.device)
     if needed > free:
         raise LoadError(
-            f"a KV cache of {spec.kv_cache_tokens} tokens takes {needed / 2**20:.0f} MiB, but only"
-            f" {free / 2**20:.0f} MiB are free on {loaded.device}; set kv_cache_tokens lower",
+            f"a KV cache of {spec.kv_cache_tokens} tokens needs {in_units(needed)}"
+            f" ({cache_costs(cache_spec, loaded.dtype)}), but only {in_units(free)} are free on {loaded.device};"
+            " set kv_cache_tokens lower",
             param="kv_cache_tokens",
         )
     return sizes
+
+
+def _context_bytes(loaded: LoadedModel, spec: EngineSpec, block_size: int, tokens: int) -> int:
+    """What a cache takes that holds one context of so many tokens, the windows of all seats included."""
+    cache_spec, seats, chunk = loaded.model.cache_spec, spec.max_num_seqs, spec.max_num_batched_tokens
+    sizes = group_sizes(cache_spec, tokens, block_size, max_num_seqs=seats, max_num_batched_tokens=chunk)
+    return cache_bytes(cache_spec, sizes, block_size, loaded.dtype.itemsize)
+
+
+def _cut_or_refuse(loaded: LoadedModel, spec: EngineSpec, needed: int, longest: int, held: int) -> None:
+    """The cache holds no context of `longest` tokens. Whoever asked for it is refused; a model's own is cut."""
+    if spec.kv_cache_tokens is not None:
+        there = f"the cache that was asked for holds {spec.kv_cache_tokens} tokens (kv_cache_tokens)"
+    else:
+        budget = cache_budget(loaded.device, 0 if spec.max_model_len is None else needed)
+        there = f"{in_units(budget)} are free for it on {loaded.device}"
+    costs = cache_costs(loaded.model.cache_spec, loaded.dtype)
+    figures = f"a context of {longest} tokens needs {in_units(needed)} of KV cache ({costs}); {there}"
+    if spec.max_model_len is not None:
+        raise LoadError(f"{figures}: the longest that fits is {held}; set max_model_len to it", param="max_model_len")
+    log.warning("the model's own context does not fit", extra={"fields": {"served": held, "reason": figures}})
 
 
 def _identity(loaded: LoadedModel) -> str:
@@ -180,6 +213,7 @@ def _identity(loaded: LoadedModel) -> str:
 def _card(loaded: LoadedModel, engine: Engine, kv_cache_tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
         "max_model_len": engine.admission.max_model_len,
+        "max_positions": loaded.config.max_positions,
         "vocab_size": loaded.config.vocab_size,
         "max_token_bytes": engine.tokenizer.max_token_bytes,
         "family": loaded.family,

@@ -9,6 +9,7 @@ import torch
 
 from inferfleet.engine.blocks import GroupSize
 from inferfleet.engine.cache_spec import CacheSpec
+from inferfleet.engine.costs import CacheCosts, in_units
 from inferfleet.engine.errors import LoadError
 
 #: Without a wish, a CPU engine makes room for this much context in every seat ...
@@ -16,6 +17,8 @@ DEFAULT_CONTEXT = 4096
 #: ... within so many bytes, and within this share of the memory that is free.
 CPU_CACHE_BYTES = 2 << 30
 CPU_SHARE = 0.5
+#: A context that was asked for by its length may take more of it.
+CPU_WISH_SHARE = 0.9
 #: Copies of recurrent states take at most this share of what the cache may have.
 SNAPSHOT_SHARE = 0.25
 #: A GPU engine takes what the weights left, less a reserve for activations, graphs and the allocator's gaps.
@@ -49,6 +52,16 @@ def cache_bytes(spec: CacheSpec, sizes: Sequence[GroupSize], block_size: int, it
     )
 
 
+def cache_costs(spec: CacheSpec, dtype: torch.dtype) -> CacheCosts:
+    """What one sequence costs, without the rounding to blocks."""
+    sizes = [(sight.span, spec.elements_per_token(group) * dtype.itemsize) for group, sight in enumerate(spec.sights)]
+    return CacheCosts(
+        per_token=sum(size for span, size in sizes if span is None),
+        spans=tuple((span, size) for span, size in sizes if span is not None),
+        state=spec.state_bytes(dtype),
+    )
+
+
 def sizes_within(
     spec: CacheSpec, budget: int, wanted: int, block_size: int, itemsize: int, *, max_num_seqs: int, max_batched: int
 ) -> list[GroupSize]:
@@ -65,17 +78,32 @@ def sizes_within(
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
         raise LoadError(
-            f"{max(budget, 0) / 2**20:.0f} MiB are left for the KV cache, which is less than {block_size} tokens take;"
+            f"{in_units(max(budget, 0))} are left for the KV cache, which is less than {block_size} tokens take;"
             " free memory, or set max_model_len or max_num_seqs lower"
         )
     return sizes(low)
 
 
-def cache_budget(device: torch.device) -> int:
-    """Bytes that a cache of our own choice may take on the device, once the model is loaded."""
+def held_tokens(sizes: Sequence[GroupSize], block_size: int, longest: int) -> int:
+    """The longest context, up to `longest`, for which the layers that keep every token have blocks."""
+    full = [(size.num_blocks - 1) * block_size for size in sizes if size.sight.span is None]
+    return min(longest, *full) if full else longest
+
+
+def cache_budget(device: torch.device, wish: int = 0) -> int:
+    """Bytes that a cache of our own choice may take on the device, once the model is loaded.
+
+    wish: bytes that somebody asked for; a CPU gives them as long as they are there.
+    """
+    free = free_memory(device)
     if device.type == "cuda":
-        return max(0, int(free_memory(device) * GPU_SHARE) - GPU_RESERVE_BYTES)
-    return min(CPU_CACHE_BYTES, int(free_memory(device) * CPU_SHARE))
+        return gpu_cache_budget(free)
+    return max(min(CPU_CACHE_BYTES, int(free * CPU_SHARE)), min(wish, int(free * CPU_WISH_SHARE)))
+
+
+def gpu_cache_budget(free: int) -> int:
+    """Of so many bytes that the weights left on a GPU, those for the cache."""
+    return max(0, int(free * GPU_SHARE) - GPU_RESERVE_BYTES)
 
 
 def free_memory(device: torch.device) -> int:

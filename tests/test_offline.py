@@ -227,7 +227,7 @@ def test_a_misused_call_is_a_typed_error(llm, prompts, sampling, words):
         ({"block_size": 0}, "block_size must be a whole number of at least 1"),
         ({"max_num_seqs": True}, "max_num_seqs must be"),
         ({"max_model_len": 1 << 20}, "more than the 4096 positions"),
-        ({"kv_cache_tokens": 1 << 40}, "MiB are free"),
+        ({"kv_cache_tokens": 1 << 40}, r"TiB \(.*a token.*\), but only .* are free"),
         ({"blocksize": 16}, "blocksize is not a setting"),
     ],
 )
