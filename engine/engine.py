@@ -134,23 +134,26 @@ class Engine:
         self._close_if_ended(request_id, self._news)
         return True
 
-    def score(self, token_ids: Sequence[int]) -> Tensor:
-        """Float32 logits [T, V] on the CPU: after each of the T tokens, computed in chunks like any prompt.
+    def score(self, token_ids: Sequence[int], *, num_decoded: int = 0) -> Tensor:
+        """Float32 logits [T + num_decoded, V] on the CPU: after each of the T tokens, computed in chunks like any
+        prompt, and after each of the likeliest that follow.
 
         Only while nothing else is open. InvalidRequest for ids outside the vocabulary, or more than the context holds.
         """
         if self._open:
             raise RuntimeError("score needs an engine without open requests")
-        self.admission.check_prompt(token_ids, self.admission.max_model_len)
-        request = Request("score", list(token_ids), SamplingParams(), max_tokens=0, shares_prefix=False)
-        logits = torch.empty(len(token_ids), self.admission.vocab_size)
+        self.admission.check_prompt(token_ids, self.admission.max_model_len - num_decoded)
+        # One token more than it will decode: it ends when we say so.
+        request = Request("score", list(token_ids), SamplingParams(), max_tokens=num_decoded + 1, shares_prefix=False)
+        logits, total = torch.empty(0), len(token_ids) + num_decoded
         self.scheduler.add([request])
         try:
-            while (done := request.num_computed_tokens) < len(token_ids):
+            while (done := request.num_computed_tokens) < total:
                 plan = self.scheduler.plan()
-                batch = self._build(plan, scoring=True)
-                logits[done : done + batch.num_tokens] = self._logits(batch)
-                self.scheduler.record(plan, [None])
+                part = self._logits(self._build(plan, scoring=True))
+                logits = logits if done else torch.empty(total, part.shape[-1])
+                logits[done : done + len(part)] = part
+                self.scheduler.record(plan, [int(part[-1].argmax()) if done + len(part) < total else None])
         finally:
             self.scheduler.finish(request, "stop")
         return logits

@@ -30,6 +30,7 @@ from inferfleet.engine.sizing import (
     held_tokens,
     sizes_within,
 )
+from inferfleet.engine.smoke import smoke
 from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
 from inferfleet.kernels import threads
@@ -93,7 +94,7 @@ def load_engine(spec: EngineSpec) -> Loaded:
     prompts = PromptEncoder(loaded.folder)
     engine, kv_cache_tokens = build_engine(loaded, prompts.tokenizer, spec)
     built = time.perf_counter()
-    _warm_up(engine)
+    smoke(engine, prompts)
     seconds = {"engine": round(built - started, 3), "warm": round(time.perf_counter() - built, 3)}
     seconds = dict(loaded.load_seconds) | seconds
     return Loaded(engine, prompts, _card(loaded, engine, kv_cache_tokens, seconds))
@@ -131,12 +132,6 @@ def build_engine(loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec) ->
     admission = Admission(loaded.config.vocab_size, held, ends)
     engine = Engine(loaded.model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device)
     return engine, (max(counts) - 1) * block_size
-
-
-def _warm_up(engine: Engine) -> None:
-    """A first pass through every layer: kernels are compiled on first use, which must not happen to the first job."""
-    for length in (2, 1):
-        engine.score([0] * min(length, engine.admission.max_model_len))
 
 
 def _context(spec: EngineSpec, max_positions: int) -> int:
