@@ -1,7 +1,9 @@
 """Why a model cannot be served: errors of finding, reading and filling a checkpoint. Each says what to do next.
 
 ModelError
-├── ModelUnavailable      the folder or hub repository cannot be read (missing, gated, offline, bad revision)
+├── ModelUnavailable      the folder or hub repository cannot be read (missing, offline, bad revision)
+│   ├── LoginNeeded       gated or private, and nobody is logged in
+│   └── TermsNotAccepted  gated, and whoever is logged in has not been let in
 ├── UnsupportedModel      it can be read, but this engine does not run it (architecture, format, own code)
 ├── BadModelConfig        config.json lacks a field or holds a value that no such model can have
 └── WeightsMismatch       tensors are missing, unknown or of another shape than the configuration says
@@ -23,6 +25,14 @@ class ModelError(LoadError):
 
 class ModelUnavailable(ModelError):
     """The model's files cannot be found or fetched."""
+
+
+class LoginNeeded(ModelUnavailable):
+    """The hub shows the model only to somebody who is logged in."""
+
+
+class TermsNotAccepted(ModelUnavailable):
+    """The hub shows the model only to those who accepted its terms."""
 
 
 class UnsupportedModel(ModelError):

@@ -16,21 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inferfleet.engine import hub
+from inferfleet.engine.foreign import foreign_weights
 from inferfleet.engine.model_errors import ModelUnavailable, UnsupportedModel
 
-#: What a text model needs of a hub repository; pictures, other frameworks' weights and code stay there.
-HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,46 +37,12 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         raise ModelUnavailable(f"{path} is a file; a model is a folder with config.json and safetensors in it")
     if not _HUB_ID.fullmatch(path):
         raise ModelUnavailable(f"there is no folder {path}, and it is not a hub id of the form owner/name")
-    return _download(path, revision)
+    return hub.download(path, revision)
 
 
 def commit_of(folder: Path) -> str | None:
     """The hub commit that a snapshot folder holds, or None for a folder that did not come from the hub."""
     return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    # Imported here: a model in a local folder needs no HTTP client in its process.
-    from httpx2 import HTTPError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        XetDownloadError,
-    )
-
-    named = f"{repo} at revision {revision}" if revision else repo
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
-    except GatedRepoError as error:  # before its parent RepositoryNotFoundError: the remedy is another one
-        raise ModelUnavailable(
-            f"{repo} is gated: accept its terms on its hub page, then run `hf auth login` or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelUnavailable(f"{repo} has no revision {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"the hub has no repository {repo}; if it is private, run `hf auth login` or set HF_TOKEN"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelUnavailable(
-            f"{named} is not in the local cache and the hub cannot be reached; "
-            f"on a connected machine run `hf download {repo}{f' --revision {revision}' if revision else ''}`"
-        ) from error
-    except (HTTPError, XetDownloadError, OSError, ValueError) as error:
-        raise ModelUnavailable(f"{named} could not be fetched from the hub: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -104,8 +59,8 @@ class Checkpoint:
             return cls((single,))
         if index.is_file():
             return cls(_shards(folder, index))
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
-        hint = f" (found {', '.join(others)}: only safetensors are read; convert them)" if others else ""
+        others = foreign_weights(p.name for p in folder.glob("*"))
+        hint = f" ({others})" if others else ""
         raise UnsupportedModel(f"{folder} holds neither {single.name} nor {index.name}{hint}")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -23,14 +23,14 @@ from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 #: Asks for each (hub id, revision) in turn, in a process of its own: the hub's client reads its settings on import.
 ASK = """
 import json, sys
-from inferfleet.engine.model_errors import ModelUnavailable
+from inferfleet.engine.model_errors import ModelError
 from inferfleet.engine.weights import commit_of, find_folder
 for path, revision in json.loads(sys.argv[1]):
     try:
         folder = find_folder(path, revision)
         print(json.dumps({"files": sorted(p.name for p in folder.iterdir()), "commit": commit_of(folder)}))
-    except ModelUnavailable as error:
-        print(json.dumps({"error": str(error)}))
+    except ModelError as error:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
 """
 
 
@@ -49,20 +49,47 @@ def test_a_hub_id_downloads_only_what_a_text_model_needs_and_every_failure_says_
     unwanted = {"pytorch_model.bin": b"x", "modeling_tiny.py": b"x", "consolidated.safetensors": b"x", "a.gguf": b"x"}
     with FakeHub(files | unwanted) as hub:
         # when models are asked for online,
-        wanted = [("tiny/open", "main"), ("tiny/open", "v9"), ("tiny/gated", None), ("tiny/none", None)]
-        found, revision, gated, unknown = ask(wanted, hub.url, tmp_path)
+        wanted = [("tiny/open", "main"), ("tiny/open", "v9"), ("tiny/pickled", None), ("tiny/busy", None)]
+        found, revision, pickled, busy = ask(wanted, hub.url, tmp_path)
         fetched = set(hub.fetched)
     # then the open one is there, at a commit that names it for ever, without the rest,
     assert found == {"files": sorted(files), "commit": COMMIT}
     assert fetched == set(files)
     # and each failure names the model and the remedy.
     assert "tiny/open has no revision v9" in revision["error"]
-    assert "tiny/gated is gated" in gated["error"] and "hf auth login" in gated["error"]
-    assert "no repository tiny/none" in unknown["error"] and "hf auth login" in unknown["error"]
+    assert pickled["kind"] == "UnsupportedModel"
+    assert "tiny/pickled holds no safetensors (found pytorch_model.bin, training.pt: only safe" in pickled["error"]
+    assert "tiny/busy is not in the local cache and the hub answered" in busy["error"] and "429" in busy["error"]
     # And when the hub is gone, what was fetched still loads, and what was not says how to get it.
     cached, missing = ask([("tiny/open", COMMIT), ("tiny/other", "v1")], hub.url, tmp_path, HF_HUB_OFFLINE="1")
     assert cached == found
     assert "`hf download tiny/other --revision v1`" in missing["error"]
+
+
+@pytest.mark.parametrize(
+    ("token", "gated", "unknown"),
+    [
+        ("", "LoginNeeded: gated and you are not logged in: run `inferfleet login`", "LoginNeeded: shows nobody"),
+        ("hf_known", "TermsNotAccepted: accept the terms on http", "ModelUnavailable: has no repository tiny/none"),
+        ("hf_wrong", "LoginNeeded: does not know your token", "LoginNeeded: does not know your token"),
+    ],
+)
+def test_a_gated_a_private_and_a_missing_repository_each_have_their_own_remedy(tmp_path, token, gated, unknown):
+    # Given a hub with a gated repository, when it and one that nobody sees are asked for with this login,
+    with FakeHub({"config.json": b"{}", "model.safetensors": save({"a": torch.ones(2)})}) as hub:
+        answers = ask([("tiny/gated", None), ("tiny/none", None)], hub.url, tmp_path, HF_TOKEN=token)
+    # then each refusal is of its own kind and names the command or the page; none shows the token.
+    for answer, expected in zip(answers, (gated, unknown), strict=True):
+        kind, words = expected.split(": ", 1)
+        assert answer["kind"] == kind and words in answer["error"]
+        assert not token or token not in answer["error"]
+
+
+def test_who_has_accepted_the_terms_gets_the_gated_files(tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": save({"a": torch.ones(2)})}
+    with FakeHub(files) as hub:
+        (found,) = ask([("tiny/gated", None)], hub.url, tmp_path, HF_TOKEN="hf_accepted")
+    assert found["files"] == sorted(files)
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "../escape", "https://example.org/x", "just-a-name", "a/b c"])
@@ -81,11 +108,34 @@ def test_a_local_folder_has_no_commit(tmp_path):
     assert commit_of(find_folder(str(tmp_path))) is None
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "tf_model.h5", "model.pt"])
-def test_other_formats_than_safetensors_are_refused_by_name(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("pytorch_model.bin", "a pickle"),
+        ("weights.pkl", "a pickle"),
+        ("model.pt", "a pickle"),
+        ("model.gguf", "only safetensors are read;"),
+        ("tf_model.h5", "only safetensors are read;"),
+    ],
+)
+def test_other_formats_than_safetensors_are_refused_with_what_to_do(tmp_path, name, why):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UnsupportedModel, match=f"found {name}: only safetensors"):
+    with pytest.raises(UnsupportedModel, match=f"found {name}: only safetensors") as caught:
         Checkpoint.open(tmp_path)
+    assert why in str(caught.value) and str(caught.value).endswith("in safetensors, or convert it)")
+
+
+def test_a_folder_of_many_pickles_names_a_few(tmp_path):
+    for number in range(9):
+        (tmp_path / f"pytorch_model-{number}.bin").touch()
+    with pytest.raises(UnsupportedModel, match=r"pytorch_model-3\.bin and 5 more: only"):
+        Checkpoint.open(tmp_path)
+
+
+def test_pickles_beside_safetensors_are_never_opened(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nabort\n(tR.")
+    assert [name for name, _ in Checkpoint.open(tmp_path).tensors()] == ["a"]
 
 
 def test_tensors_of_all_shards_come_one_at_a_time(tmp_path):

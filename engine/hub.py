@@ -1,0 +1,128 @@
+"""Fetches a model from the Hugging Face hub: its files, or its headers alone. Each refusal says what to do about it.
+
+It knows repositories and logins, not models. Only names of HUB_FILES are ever fetched, so no code and no pickle is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from inferfleet.engine.foreign import foreign_weights
+from inferfleet.engine.model_errors import LoginNeeded, ModelUnavailable, TermsNotAccepted, UnsupportedModel
+
+#: What a text model needs of a hub repository; pictures, other frameworks' weights and code stay there.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LOGIN = "run `inferfleet login`, or set HF_TOKEN"
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """The folder of a repository's snapshot, fetched unless it is there. Raises a ModelError."""
+    # Imported here: a model in a local folder needs no HTTP client in its process.
+    from huggingface_hub import snapshot_download
+
+    with explained(repo, revision):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+    if not any(folder.glob("*.safetensors")):
+        _refuse_without_weights(repo, folder.name)
+    return folder
+
+
+def _refuse_without_weights(repo: str, commit: str) -> None:
+    """What other formats a repository without safetensors has; nothing where the hub does not say."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(repo, revision=commit)
+    except (OSError, ValueError):
+        return
+    raise UnsupportedModel(f"{repo} holds no safetensors" + (f" ({why})" if (why := foreign_weights(names)) else ""))
+
+
+@contextmanager
+def explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub's client raises inside into a ModelUnavailable that says what to do."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        XetDownloadError,
+    )
+
+    named = f"{repo} at revision {revision}" if revision else repo
+    try:
+        yield
+    except GatedRepoError as error:  # before its parent RepositoryNotFoundError: the remedy is another one
+        raise _gated(repo, error.response.status_code, error.server_message) from error
+    except RevisionNotFoundError as error:
+        raise ModelUnavailable(f"{repo} has no revision {revision or 'main'}") from error
+    except RepositoryNotFoundError as error:
+        raise _unknown(repo) from error
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(named, repo, revision, error) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise LoginNeeded(f"the hub does not know your token, so it does not show {repo}: {LOGIN}") from error
+        raise ModelUnavailable(f"{named} could not be fetched from the hub: {_first_line(error)}") from error
+    except (HTTPError, XetDownloadError, OSError, ValueError) as error:
+        raise ModelUnavailable(f"{named} could not be fetched from the hub: {_first_line(error)}") from error
+
+
+def _gated(repo: str, status: int, said: str | None) -> ModelUnavailable:
+    """Nobody is logged in, or somebody who has not been let in: the hub's two reasons need two remedies."""
+    from huggingface_hub import constants, get_token
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    if get_token() is None:
+        return LoginNeeded(f"{repo} is gated and you are not logged in: {LOGIN}; its terms are on {page}")
+    if status == 401:
+        return LoginNeeded(f"{repo} is gated and the hub does not know your token: {LOGIN}")
+    words = f" (the hub says: {said})" if said else ""
+    return TermsNotAccepted(
+        f"{repo} is gated and your login may not read it: accept the terms on {page}, or log in as somebody who has,"
+        f" with `inferfleet login`{words}"
+    )
+
+
+def _unknown(repo: str) -> ModelUnavailable:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        return LoginNeeded(f"the hub shows nobody a repository {repo}; if it is private, {LOGIN}")
+    return ModelUnavailable(f"the hub has no repository {repo} that your login may see; check its name and your token")
+
+
+def _unreachable(named: str, repo: str, revision: str | None, error: Exception) -> ModelUnavailable:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The client tries the local cache first in the end, and reports that; what the hub said is the cause.
+    why = (
+        f"the hub answered {_first_line(error.__cause__)}"
+        if isinstance(error.__cause__, HfHubHTTPError)
+        else ("the hub cannot be reached")
+    )
+    at = f" --revision {revision}" if revision else ""
+    return ModelUnavailable(
+        f"{named} is not in the local cache and {why}; on a connected machine run `hf download {repo}{at}`"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """An error of the client without its advice and addresses of requests."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
