@@ -12,6 +12,7 @@ from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
 from inferfleet.workers import cli_jobs, cli_keys
 from inferfleet.workers.cli_chat import chat
+from inferfleet.workers.cli_login import login
 from inferfleet.workers.cli_options import (
     ApiKey,
     ApiUrl,
@@ -30,7 +31,14 @@ EXIT_INTERRUPTED = 130
 #: After the grace a worker still has to hand its jobs back.
 HAND_BACK_SECONDS = 10.0
 #: What the bare install leaves out -> the extra that brings it.
-EXTRAS = {"fastapi": "api", "uvicorn": "api", "tokenizers": "api", "prometheus_client": "worker", "torch": "worker"}
+EXTRAS = {
+    "fastapi": "api",
+    "uvicorn": "api",
+    "tokenizers": "api",
+    "prometheus_client": "worker",
+    "torch": "worker",
+    "huggingface_hub": "worker",
+}
 
 
 class NotInstalled(SetupError):
@@ -47,6 +55,7 @@ app = typer.Typer(
     help="A fleet of inference workers behind a queue.",
 )
 app.command()(chat)
+app.command()(login)
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_keys.app, name="keys")
 

@@ -21,6 +21,7 @@ EXIT_JOB = 5
 EXIT_CODES = {
     "api_unreachable": EXIT_UNREACHABLE,
     "ledger_unavailable": EXIT_UNREACHABLE,
+    "hub_unreachable": EXIT_UNREACHABLE,
     "job_not_found": EXIT_NOT_FOUND,
     "model_not_found": EXIT_NOT_FOUND,
 }
@@ -35,6 +36,9 @@ HINTS = {
     "queue_full": "wait a little, or raise max_queued",
     "already_terminal": "see its outcome with `inferfleet jobs show ID`",
     "redis_misconfigured": "fix the setting named above in redis.conf, or let `inferfleet up` run its own Redis",
+    "login_failed": "make an access token on the settings page of your account on the hub, and paste the whole of it",
+    "not_logged_in": "log in with `inferfleet login`, or set HF_TOKEN",
+    "hub_unreachable": "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; models in a local folder need no hub",
     "settings_error": "see inferfleet.toml and the INFERFLEET_* environment variables",
 }
 
