@@ -17,6 +17,7 @@ from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
+from inferfleet.engine.progress import Progress
 from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 
 #: config.json's architecture -> (family, module, class)
@@ -79,14 +80,22 @@ def find_family(architecture: str) -> tuple[str, type[Any]]:
     return family, getattr(import_module(module), name)
 
 
-def load_model(path: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> LoadedModel:
     """Loads a local folder or a hub id; raises a ModelError.
 
     dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
     device: "auto" (CUDA where there is one), "cpu", "cuda:0".
     """
-    clock = _Clock()
-    folder = find_folder(path, revision)
+    clock, progress = _Clock(), progress or Progress()
+    progress.begin("find")
+    folder = find_folder(path, revision, progress)
     config = read_config(folder)
     family, model_class = find_family(config.architecture)
     place = Place(config.dtype(dtype), _device(device))
@@ -94,7 +103,8 @@ def load_model(path: str, *, revision: str | None = None, dtype: str = "auto", d
     clock.lap("find")
     model: Model = model_class(config.raw, place=place)
     clock.lap("build")
-    model.load(checkpoint.tensors())
+    progress.begin("read", checkpoint.num_bytes)
+    model.load(progress.counted(checkpoint.tensors()))
     clock.lap("read")
     model.finalize()
     clock.lap("pack")

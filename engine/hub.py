@@ -5,12 +5,15 @@ It knows repositories and logins, not models. Only names of HUB_FILES are ever f
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from inferfleet.engine.foreign import foreign_weights
 from inferfleet.engine.model_errors import LoginNeeded, ModelUnavailable, TermsNotAccepted, UnsupportedModel
+from inferfleet.engine.progress import Progress
 
 #: What a text model needs of a hub repository; pictures, other frameworks' weights and code stay there.
 HUB_FILES = (
@@ -28,13 +31,14 @@ HUB_FILES = (
 LOGIN = "run `inferfleet login`, or set HF_TOKEN"
 
 
-def download(repo: str, revision: str | None = None) -> Path:
+def download(repo: str, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The folder of a repository's snapshot, fetched unless it is there. Raises a ModelError."""
     # Imported here: a model in a local folder needs no HTTP client in its process.
     from huggingface_hub import snapshot_download
 
     with explained(repo, revision):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+        bar = _bar(progress or Progress())
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES), tqdm_class=bar))
     if not any(folder.glob("*.safetensors")):
         _refuse_without_weights(repo, folder.name)
     return folder
@@ -126,3 +130,42 @@ def _first_line(error: BaseException) -> str:
     """An error of the client without its advice and addresses of requests."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _bar(progress: Progress) -> type[Any]:
+    """A class that stands in for the progress bars of the hub's client, and draws none."""
+    furthest = 0
+    lock = threading.Lock()
+
+    class Bar:
+        """The client keeps one of these for each measure (files, bytes received, bytes written) and sets `total`."""
+
+        def __init__(self, *_: Any, total: float | None = None, initial: float = 0, unit: str = "", **__: Any) -> None:
+            self.total, self.n, self._in_bytes = total, initial, unit == "B"
+            self.format_dict: dict[str, Any] = {}
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal furthest
+            with lock:
+                self.n += n or 0
+                # Bytes received and bytes written run side by side; whichever is ahead counts.
+                if not self._in_bytes or not self.total or self.n <= furthest:
+                    return
+                if not furthest:
+                    progress.begin("download", int(self.total))
+                furthest = int(self.n)
+                progress.at(furthest, int(self.total))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing was opened."""
+
+        def nothing(self, *_: Any, **__: Any) -> None:
+            """What is only about drawing."""
+
+        refresh = close = clear = nothing
+        set_description = set_description_str = set_postfix = set_postfix_str = nothing
+
+    return Bar

@@ -17,6 +17,7 @@ from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import LoadedModel, load_model
 from inferfleet.engine.prefix import PrefixHasher
+from inferfleet.engine.progress import Progress
 from inferfleet.engine.sampler import Sampler
 from inferfleet.engine.scheduler import Scheduler
 from inferfleet.engine.sizing import (
@@ -86,14 +87,17 @@ class Loaded:
     card: dict[str, Any]
 
 
-def load_engine(spec: EngineSpec) -> Loaded:
+def load_engine(spec: EngineSpec, progress: Progress | None = None) -> Loaded:
     """Load everything. Raises LoadError, a ModelError, TokenizerError or ChatTemplateError; each says what to do."""
+    progress = progress or Progress()
     threads.use(spec.threads or threads.for_work())
-    loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device, progress=progress)
+    progress.begin("engine")
     started = time.perf_counter()
     prompts = PromptEncoder(loaded.folder)
     engine, kv_cache_tokens = build_engine(loaded, prompts.tokenizer, spec)
     built = time.perf_counter()
+    progress.begin("smoke")
     smoke(engine, prompts)
     seconds = {"engine": round(built - started, 3), "warm": round(time.perf_counter() - built, 3)}
     seconds = dict(loaded.load_seconds) | seconds

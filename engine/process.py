@@ -4,7 +4,7 @@ The parent speaks UTF-8 JSON over a socket, one message a frame (multiprocessing
 without waiting while there is work, computes, and sends what is new; with no work it sleeps in the read. The end of
 the socket is the end of the process, so no engine outlives its parent.
 
-    in:   load (first), add, cancel, stop           out:   ready or failed, then step
+    in:   load (first), add, cancel, stop           out:   loading, then ready or failed, then step
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import EngineError, InvalidRequest
 from inferfleet.engine.loader import EngineSpec, Loaded, load_engine
 from inferfleet.engine.output import StepOutput
+from inferfleet.engine.progress import Progress
 from inferfleet.engine.sampling_params import SamplingParams
 from inferfleet.engine.text.chat import ChatTemplateError
 from inferfleet.kernels import build, threads
@@ -63,7 +64,7 @@ class Child:
 
     def _load(self, message: Mapping[str, Any]) -> Loaded:
         try:
-            loaded = load_engine(EngineSpec.from_dict(message["spec"]))
+            loaded = load_engine(EngineSpec.from_dict(message["spec"]), Progress(self._tell_progress))
         except Exception as error:
             code = getattr(error, "code", "load_failed")
             self._send({"op": "failed", "code": code, "message": str(error) or type(error).__name__})
@@ -73,6 +74,9 @@ class Child:
         facts = {"model": message.get("model"), "kernels": build.status(), **loaded.card}
         log.info("ready", extra={"fields": facts})
         return loaded
+
+    def _tell_progress(self, phase: str, done: int, total: int) -> None:
+        self._send({"op": "loading", "phase": phase, "done": done, "total": total})
 
     def _handle(self, loaded: Loaded, message: Mapping[str, Any]) -> None:
         engine, operation = loaded.engine, message.get("op")

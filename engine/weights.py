@@ -19,13 +19,14 @@ from torch import Tensor
 from inferfleet.engine import hub
 from inferfleet.engine.foreign import foreign_weights
 from inferfleet.engine.model_errors import ModelUnavailable, UnsupportedModel
+from inferfleet.engine.progress import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def find_folder(path: str, revision: str | None = None) -> Path:
+def find_folder(path: str, revision: str | None = None, progress: Progress | None = None) -> Path:
     """The local folder of a model: `path` itself, or the downloaded snapshot of the hub id `path` at `revision`.
 
     A revision is a branch, tag or commit; only a commit stays the same for ever. Raises ModelUnavailable.
@@ -37,7 +38,7 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         raise ModelUnavailable(f"{path} is a file; a model is a folder with config.json and safetensors in it")
     if not _HUB_ID.fullmatch(path):
         raise ModelUnavailable(f"there is no folder {path}, and it is not a hub id of the form owner/name")
-    return hub.download(path, revision)
+    return hub.download(path, revision, progress)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -62,6 +63,11 @@ class Checkpoint:
         others = foreign_weights(p.name for p in folder.glob("*"))
         hint = f" ({others})" if others else ""
         raise UnsupportedModel(f"{folder} holds neither {single.name} nor {index.name}{hint}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files, headers included."""
+        return sum(path.stat().st_size for path in self.files)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every tensor, each read when it is asked for and not kept."""

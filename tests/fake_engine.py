@@ -3,7 +3,7 @@
 Token n of answer i is a hash of (seed, i, n), so whoever goes on after a crash must say the same. It obeys words in the
 last message: `tokens=N` (answer length), `step=S` (seconds a step while it runs), `fail`, `exit=N` and `hang=N` (at
 token N), `exit_once=FILE` and `hang_once=FILE` (at token 3, unless FILE exists, which it makes). The path of the model
-obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds).
+obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds), `parts=N` (told so many times).
 """
 
 import argparse
@@ -111,6 +111,10 @@ class FakeEngine:
     def load(self):
         message = json.loads(self.connection.recv_bytes())
         options = options_of(message["spec"]["path"])
+        parts = int(options.get("parts", 0))
+        for part in range(parts):
+            self.send(op="loading", phase="read", done=part << 20, total=parts << 20)
+            time.sleep(float(options.get("pause", 0.01)))
         time.sleep(float(options.get("load", 0)))
         if "refuse" in options:
             self.send(op="failed", code="engine_error", message="the scripted model refuses")

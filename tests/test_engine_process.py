@@ -39,7 +39,10 @@ class Child:
     def load(self, folder, **spec):
         defaults = {"path": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 256}
         self.send("load", model="tiny", spec=defaults | {"kv_cache_tokens": 4096, "threads": 1} | spec)
-        return self.receive()
+        self.progress = []
+        while (message := self.receive())["op"] == "loading":
+            self.progress.append(message)
+        return message
 
     def add(self, name, text="hello", *, sampling=None, **fields):
         message = {
@@ -115,6 +118,14 @@ def test_the_card_says_what_was_loaded(child):
     assert child.card["kv_cache_tokens"] == 4096
     assert child.card["architecture"] == "Qwen3ForCausalLM"
     assert child.card["load_seconds"]["read"] >= 0
+
+
+def test_while_it_loads_it_says_how_far_it_is(child, folder):
+    phases = [(told["phase"], told["done"] == told["total"]) for told in child.progress]
+    size = (folder / "model.safetensors").stat().st_size
+    assert [phase for phase, _ in phases] == ["find", "read", "read", "engine", "smoke"]
+    first, last = (told for told in child.progress if told["phase"] == "read")
+    assert (first["done"], last["done"], last["total"]) == (0, size, size)
 
 
 def test_requests_are_answered_together_as_the_offline_engine_answers_them(child, expected):

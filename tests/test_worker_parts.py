@@ -18,10 +18,12 @@ from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.app import FleetRequest, make_app
+from inferfleet.workers.cards import card_of
 from inferfleet.workers.checks import Standing, check_redis, complaints_about
 from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, pinned
 from inferfleet.workers.flight import Ending, Flight, seed_of
 from inferfleet.workers.gate import Gate
+from inferfleet.workers.loading import Loading
 from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
 from inferfleet.workers.patience import until_answered
 from inferfleet.workers.publisher import Publisher
@@ -254,6 +256,35 @@ def test_an_engine_that_hangs_while_loading_is_killed_and_after_three_times_the_
     until(lambda: hanging.state is State.FAILED)
 
     assert "had not loaded within 0.2 s (load_seconds), 3 times" in hanging.failure["message"]
+
+
+def test_an_engine_that_moves_when_its_time_is_over_is_ended_with_the_place_it_had_reached(resident):
+    moving = resident("parts=8 load=3600", load_seconds=0.5)
+
+    until(lambda: moving.state is State.FAILED)
+
+    assert "within 0.5 s (load_seconds), at read 7 MiB of 8 MiB (87%), 3 times" in moving.failure["message"]
+
+
+def test_how_far_a_model_is_stands_in_its_card_until_it_is_there(resident):
+    told = []
+    loading = resident("parts=4", on_progress=lambda resident: told.append(card_of(resident, "w")))
+
+    until(lambda: loading.state is State.READY)
+
+    assert [card["loading"] for card in told] == [
+        {"phase": "read", "done": part << 20, "total": 4 << 20, "percent": 25 * part} for part in range(4)
+    ]
+    assert {card["state"] for card in told} == {"loading"}
+    assert "loading" not in card_of(loading, "w")
+
+
+def test_a_process_that_tells_nonsense_about_its_progress_is_ended(resident, monkeypatch):
+    kept = Loading.of
+    monkeypatch.setattr(Loading, "of", lambda message: kept({"phase": "read", "done": "much"}))
+    odd = resident("parts=1")
+
+    until(lambda: odd._child is None and odd.state is State.LOADING)
 
 
 def test_whatever_breaks_around_an_engine_it_is_started_again(resident, monkeypatch):

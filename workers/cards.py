@@ -16,8 +16,10 @@ LIVES = 3
 
 
 def card_of(resident: Resident, worker: str) -> dict[str, Any]:
-    """A model's card: id, state, and what the engine said about it once it was ready."""
+    """A model's card: id, state, how far loading is, and what the engine said about it once it was ready."""
     card = {"id": resident.model, "state": resident.state.value, "worker": worker, **resident.card}
+    if (loading := resident.loading) is not None:
+        card["loading"] = loading.to_dict()
     if resident.failure is not None:
         card["error"] = resident.failure
     return card

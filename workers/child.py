@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+
+from inferfleet.workers.loading import Loading
 
 Message = dict[str, Any]
 
@@ -74,12 +76,19 @@ class EngineChild:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, model: str, spec: Mapping[str, Any], seconds: float) -> Message:
+    def load(
+        self,
+        model: str,
+        spec: Mapping[str, Any],
+        seconds: float,
+        on_progress: Callable[[Loading], None] = lambda loading: None,
+    ) -> Message:
         """Load a model and wait for it up to so many seconds; then the process is killed. Returns the card.
 
         Raises LoadRefused, EngineGone.
         """
         late = threading.Event()
+        self._loading: Loading | None = None
 
         def give_up() -> None:
             late.set()
@@ -89,17 +98,23 @@ class EngineChild:
         timer.daemon = True
         timer.start()
         try:
-            return self._load(model, spec)
+            return self._load(model, spec, on_progress)
         except EngineGone:
             if late.is_set():
-                raise EngineGone(f"the engine process had not loaded within {seconds:g} s (load_seconds)") from None
+                # One that still moved was not stuck: the reader shall know that it is a matter of the limit.
+                place = f", at {self._loading}" if self._loading is not None else ""
+                text = f"the engine process had not loaded within {seconds:g} s (load_seconds){place}"
+                raise EngineGone(text) from None
             raise
         finally:
             timer.cancel()
 
-    def _load(self, model: str, spec: Mapping[str, Any]) -> Message:
+    def _load(self, model: str, spec: Mapping[str, Any], on_progress: Callable[[Loading], None]) -> Message:
         self._send({"op": "load", "model": model, "spec": dict(spec)})
         for message in self.receive():
+            if message["op"] == "loading":
+                self._loading = Loading.of(message)
+                on_progress(self._loading)
             if message["op"] == "ready":
                 return dict(message["card"])
             if message["op"] == "failed":

@@ -1,6 +1,5 @@
 """The command `inferfleet`. Commands import what they need when they run: `--help` and completion stay quick."""
 
-import json as jsonlib
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -84,6 +83,7 @@ def up(
     json: Json = False,
 ) -> None:
     """Run everything on this machine: Redis (unless one is set), the API and a worker. Ctrl-C drains and stops it."""
+    from inferfleet.workers.cli_report import JsonReport, TextReport
     from inferfleet.workers.embedded import free_port
     from inferfleet.workers.up import Plan, run_up
 
@@ -139,30 +139,6 @@ def models(json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -
         for card in listed["data"]
     ]
     print_table(("MODEL", "STATUS", "FAMILY", "CONTEXT"), rows)
-
-
-class TextReport:
-    """Phases for a person."""
-
-    def phase(self, name: str, seconds: float, detail: str) -> None:
-        out.print(f"{name:<16} ready in {seconds:6.2f} s   {detail}", markup=False)
-
-    def note(self, text: str) -> None:
-        out.print(text, markup=False, soft_wrap=True)  # addresses are copied from here
-
-
-class JsonReport:
-    """Phases for a program: one JSON object a line."""
-
-    def phase(self, name: str, seconds: float, detail: str) -> None:
-        self._print({"phase": name, "seconds": round(seconds, 3), "detail": detail})
-
-    def note(self, text: str) -> None:
-        self._print({"note": text})
-
-    def _print(self, value: dict[str, object]) -> None:
-        sys.stdout.write(jsonlib.dumps(value) + "\n")
-        sys.stdout.flush()
 
 
 def _demo_model() -> Path:

@@ -21,6 +21,7 @@ class Host:
         *,
         publisher: Publisher,
         on_change: Callable[[Resident], None],
+        on_progress: Callable[[Resident], None] = lambda resident: None,
         command: Sequence[str] = ENGINE_COMMAND,
         load_seconds: float = LOAD_SECONDS,
     ) -> None:
@@ -32,6 +33,7 @@ class Host:
                 command=command,
                 publisher=publisher,
                 on_change=on_change,
+                on_progress=on_progress,
                 load_seconds=load_seconds,
             )
             for model, spec in models.items()

@@ -28,12 +28,16 @@ from inferfleet.workers.flight import Ending, Flight
 from inferfleet.workers.heart import Heart
 from inferfleet.workers.host import Host
 from inferfleet.workers.janitor import Janitor
+from inferfleet.workers.loading import is_due, view_for
 from inferfleet.workers.metrics import Meter, Snapshots
 from inferfleet.workers.porter import Porter
 from inferfleet.workers.publisher import Publisher, publish_all
 from inferfleet.workers.resident import Resident, State
 from inferfleet.workers.runs_process import RunsProcess
 from inferfleet.workers.turns import register_turns
+
+#: A card of a model that loads is renewed at each phase, and within it after so many seconds.
+CARD_SECONDS = 1.0
 
 log = logs.get("worker")
 
@@ -56,6 +60,8 @@ class Lifecycle:
         self._next_upkeep = 0.0
         self._drain_lock = threading.Lock()
         self._grace: threading.Timer | None = None
+        self._loading = view_for(settings.log_format)
+        self._told: dict[str, tuple[str, float]] = {}
         ttl = LIVES * settings.heartbeat_seconds
         self._meter = Meter()
         self._publisher = Publisher(lambda batch: publish_all(ledger, batch), self._cancel)
@@ -63,6 +69,7 @@ class Lifecycle:
             models,
             publisher=self._publisher,
             on_change=self._on_change,
+            on_progress=self._on_progress,
             command=engine_command,
             load_seconds=settings.load_seconds,
         )
@@ -150,12 +157,24 @@ class Lifecycle:
             self._app.intake.open(queue)
         else:
             self._app.intake.close(queue)
+        if resident.state is not State.LOADING:
+            self._loading.end(resident.model)
+        self._publish_card(resident)
+        if resident.state in (State.READY, State.FAILED):
+            self._janitor.nudge()
+
+    def _on_progress(self, resident: Resident) -> None:
+        """An engine said how far it is with loading: who looks is shown, and now and then the fleet."""
+        if (loading := resident.loading) is not None:
+            self._loading.show(resident.model, loading)
+            if is_due(self._told, resident.model, loading.phase, CARD_SECONDS):
+                self._publish_card(resident)
+
+    def _publish_card(self, resident: Resident) -> None:
         try:
             self._cards.publish_one(resident)
         except LedgerUnavailable as error:
             log.warning("card_not_published", model=resident.model, reason=error.message)
-        if resident.state in (State.READY, State.FAILED):
-            self._janitor.nudge()
 
     def _on_cancelled(self, job_id: str) -> None:
         for resident, flight in self._host.flights():

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -37,7 +37,7 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
 
     `log_format` is json, console, or auto: console on a terminal.
     """
-    stream = stream or sys.stderr
+    stream = stream or cast(TextIO, _Stderr())
     as_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -67,6 +67,19 @@ def configure(level: str, log_format: str, stream: TextIO | None = None) -> None
     root.setLevel(number)
     for name in QUIET:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
+
+
+class _Stderr:
+    """Whatever sys.stderr is at the time: who draws on the terminal puts something in its place for a while."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
 
 
 def _console() -> Any:

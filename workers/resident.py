@@ -1,7 +1,8 @@
 """One model that this worker serves: its engine process, brought up again when it dies, and the flights in it.
 
-Knows no Redis. What is said goes to the publisher; how a flight ended stands in the flight; a change of state is told
-to one listener. One thread a model starts the process, reads what it says and starts the next one.
+Knows no Redis. What is said goes to the publisher; how a flight ended stands in the flight; changes of state and the
+progress of loading are told to a listener each. One thread a model starts the process, reads what it says and starts
+the next one.
 """
 
 import threading
@@ -15,6 +16,7 @@ from inferfleet.workers import logs
 from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, Message
 from inferfleet.workers.flight import Ending, Flight
 from inferfleet.workers.gate import Gate
+from inferfleet.workers.loading import Loading
 from inferfleet.workers.publisher import Publisher
 
 #: Seconds before start n + 1 after n deaths in a row; the last one repeats.
@@ -50,10 +52,13 @@ class Resident:
         command: Sequence[str],
         publisher: Publisher,
         on_change: Callable[["Resident"], None],
+        on_progress: Callable[["Resident"], None] = lambda resident: None,
         load_seconds: float = LOAD_SECONDS,
     ) -> None:
         self.model = model
         self.state = State.IDLE
+        #: How far the engine is with loading, once it has said so.
+        self.loading: Loading | None = None
         #: What the engine said about the model when it was ready.
         self.card: Message = {}
         #: Why the model cannot be loaded, as an error object.
@@ -65,6 +70,7 @@ class Resident:
         self._command = command
         self._publisher = publisher
         self._on_change = on_change
+        self._on_progress = on_progress
         self._load_seconds = load_seconds
         self._gate = Gate()
         self._lock = threading.RLock()
@@ -240,6 +246,7 @@ class Resident:
 
     def _bring_up(self) -> EngineChild:
         self._become(State.LOADING)
+        self.loading = None
         child, device = EngineChild.start(self._command, str(self._spec["device"]))
         with self._lock:
             self._child = child
@@ -247,7 +254,8 @@ class Resident:
                 child.kill()
         log.info("engine_loading", model=self.model, pid=child.pid)
         try:
-            self.card = child.load(self.model, self._spec | {"device": device}, self._load_seconds)
+            spec = self._spec | {"device": device}
+            self.card = child.load(self.model, spec, self._load_seconds, self._on_loading)
         except Exception as error:
             with self._lock:
                 self._child = None
@@ -257,6 +265,10 @@ class Resident:
             raise
         log.info("engine_ready", model=self.model, pid=child.pid, load_seconds=self.card.get("load_seconds"))
         return child
+
+    def _on_loading(self, loading: Loading) -> None:
+        self.loading = loading
+        self._on_progress(self)
 
     def _live(self, child: EngineChild) -> bool:
         """From ready to its end; answers whether it got any request done. Nothing of it is ever left."""
@@ -346,6 +358,7 @@ class Resident:
             if self.state is state:
                 return
             self.state = state
+            self.loading = None
         self._on_change(self)
 
 

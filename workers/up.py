@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -28,11 +27,13 @@ from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers.cli_http import SHORT, ApiClient
 from inferfleet.workers.embedded import CONFIG, EmbeddedRedis, find_server, start_redis
 from inferfleet.workers.keys import digest, is_loopback, new_key
+from inferfleet.workers.loading import Loading
 from inferfleet.workers.processes import Child, ChildFailed, start_child
 
 API_SECONDS = 60.0
-#: Reading and preparing the weights of a large model takes minutes; a worker that dies meanwhile is noticed at once.
+#: Preparing the weights of a large model takes minutes; a worker that dies meanwhile is noticed at once.
 LOAD_SECONDS = 1800.0
+LOOK_SECONDS = 0.05
 WATCH_SECONDS = 0.2
 #: A child that dies is started again, but not for ever: this many times within this many seconds.
 RESTARTS, RESTART_WINDOW = 3, 60.0
@@ -64,6 +65,9 @@ class Report(Protocol):
 
     def note(self, text: str) -> None:
         """Something worth a line."""
+
+    def loading(self, model: str, loading: Loading | None) -> None:
+        """A model is on its way; None = it has arrived, or never will."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Fleet:
         with ApiClient(self.plan.api_url, timeout=SHORT) as client:
             self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
         for name, path in self.plan.models.items():
-            self._await(worker, partial(_served, ledger, name), LOAD_SECONDS, f"model {name}", path)
+            self._await_model(worker, ledger, name, path)
         ledger.close()
 
     def watch(self) -> None:
@@ -194,6 +198,23 @@ class Fleet:
         child.wait_until(lambda: self.stop.is_set() or ready(), seconds, f"bring up {phase}")
         if not self.stop.is_set():
             self.report.phase(phase, time.monotonic() - child.started, detail)
+
+    def _await_model(self, worker: Child, ledger: Ledger, name: str, path: str) -> None:
+        """As `_await`, but a model that moves is waited for: how long it may take is for its worker to say."""
+        before, moved = None, time.monotonic()
+        try:
+            while not (self.stop.is_set() or _served(card := ledger.cards().get(name, {}), name)):
+                worker.check()
+                if (sign := (card.get("state"), card.get("loading"))) != before:
+                    before, moved = sign, time.monotonic()
+                    self.report.loading(name, Loading.of(sign[1]) if sign[1] else None)
+                elif time.monotonic() - moved > LOAD_SECONDS:
+                    raise ChildFailed(f"model {name} has not moved for {LOAD_SECONDS:.0f} s\n{worker.tail()}")
+                self.stop.wait(LOOK_SECONDS)
+        finally:
+            self.report.loading(name, None)
+        if not self.stop.is_set():
+            self.report.phase(f"model {name}", time.monotonic() - worker.started, path)
 
     def _log(self, name: str) -> Path:
         return self.plan.folder / "logs" / f"{name}.log"
@@ -290,9 +311,8 @@ def _answers(client: ApiClient) -> bool:
     return True
 
 
-def _served(ledger: Ledger, model: str) -> bool:
-    """Asked of the ledger, not of the API, which may want a key. Raises ChildFailed when the model cannot be loaded."""
-    card = ledger.cards().get(model, {})
+def _served(card: dict[str, Any], model: str) -> bool:
+    """By its card in the ledger, not the API's, which may want a key. Raises ChildFailed when it cannot be loaded."""
     if card.get("state") == "failed":
         error = card.get("error") or {}
         raise ChildFailed(f"the model {model} cannot be loaded: {error.get('message', 'see the log of the worker')}")
