@@ -44,14 +44,15 @@ template <class T> struct Tile {
     float *sum(int64_t row) const { return out + row * columns; }
 };
 
-template <class T> void load_keys(const Tile<T> &tile, const Problem<T> &p, const int64_t *offsets, int64_t count) {
-    const int64_t length = words<T>(p.width);
+// Keys of `width` numbers at cache + offsets[0..count) -> panels of 64 keys.
+template <class T> void load_keys(T *panels, const T *cache, int64_t width, const int64_t *offsets, int64_t count) {
+    const int64_t length = words<T>(width);
     for (int64_t key = 0; key < count; key += 16) {
-        float *panel = reinterpret_cast<float *>(tile.keys + key / panel_width * panel_size<T>(p.width));
+        float *panel = reinterpret_cast<float *>(panels + key / panel_width * panel_size<T>(width));
         for (int64_t word = 0; word < length; word += 16) {
             v16 square[16] = {};
             for (int64_t i = 0; i < std::min<int64_t>(16, count - key); ++i)
-                square[i] = load_words(p.k_cache + offsets[key + i] + word * 4 / int64_t(sizeof(T)), length - word);
+                square[i] = load_words(cache + offsets[key + i] + word * 4 / int64_t(sizeof(T)), length - word);
             transpose16(square);
             for (int64_t i = 0; i < std::min<int64_t>(16, length - word); ++i)
                 store16(panel + (word + i) * panel_width + key % panel_width, square[i]);
@@ -68,15 +69,16 @@ inline void join_step(bf16 *to, const bf16 *first, const bf16 *second, int64_t w
     }
 }
 
-template <class T> void load_values(const Tile<T> &tile, const Problem<T> &p, const int64_t *offsets, int64_t count) {
+// The first `width` numbers of the values at cache + offsets[0..count) -> panels of 64 numbers over tile_keys values.
+template <class T> void load_values(T *panels, const T *cache, int64_t width, const int64_t *offsets, int64_t count) {
     constexpr int64_t depth = Panels<T>::depth;
     for (int64_t key = 0; key < count; key += depth) {
-        const T *first = p.v_cache + offsets[key];
-        const T *second = key + depth - 1 < count ? p.v_cache + offsets[key + depth - 1] : nullptr;
-        for (int64_t column = 0; column < p.width; column += panel_width) {
-            T *panel = tile.values + column / panel_width * panel_size<T>(tile_keys);
+        const T *first = cache + offsets[key];
+        const T *second = key + depth - 1 < count ? cache + offsets[key + depth - 1] : nullptr;
+        for (int64_t column = 0; column < width; column += panel_width) {
+            T *panel = panels + column / panel_width * panel_size<T>(tile_keys);
             join_step(panel + key * panel_width, first + column, second ? second + column : nullptr,
-                      std::min(panel_width, p.width - column));
+                      std::min(panel_width, width - column));
         }
     }
 }
@@ -132,8 +134,8 @@ template <class T> void run_tile(const Problem<T> &p, const Task &task) {
         count = std::min(tile_keys - begin % tile_keys, last - begin);
         int64_t offsets[tile_keys];
         p.locate(offsets, task.row, task.kv_head, begin, begin + count);
-        load_keys(tile, p, offsets, count);
-        load_values(tile, p, offsets, count);
+        load_keys(tile.keys, p.k_cache, p.width, offsets, count);
+        load_values(tile.values, p.v_cache, p.width, offsets, count);
         for (int64_t key = 0; key < count; key += panel_width)
             multiply_rows(tile.queries, tile.rows, tile.keys + key / panel_width * panel_size<T>(p.width), p.width,
                           [&](int64_t r, int64_t some, const float *sums) {
