@@ -38,6 +38,26 @@ void multiply(Out *out, const T *x, const T *packed, const T *bias, int64_t rows
     });
 }
 
+// out[token][head] = x[token][head] times the panels of that head's own weight.
+template <class T>
+void multiply_heads(T *out, const T *x, const T *packed, int64_t tokens, int64_t heads, int64_t outputs, int64_t inputs,
+                    int64_t token_stride, int64_t head_stride, int64_t threads) {
+    const int64_t panels = num_panels(outputs);
+    share(heads * panels, threads, [&](int64_t task) {
+        const int64_t head = task / panels, column = task % panels * panel_width;
+        const int64_t width = std::min(panel_width, outputs - column);
+        std::vector<const T *> rows(tokens);
+        for (int64_t t = 0; t < tokens; ++t) rows[t] = x + t * token_stride + head * head_stride;
+        multiply_rows(rows.data(), tokens, packed + task * panel_size<T>(inputs), inputs,
+                      [&](int64_t first, int64_t count, const float *sums) {
+                          for (int64_t m = 0; m < count; ++m, sums += panel_width) {
+                              T *to = out + ((first + m) * heads + head) * outputs + column;
+                              for (int64_t n = 0; n < width; ++n) to[n] = narrow<T>(sums[n]);
+                          }
+                      });
+    });
+}
+
 } // namespace
 
 #define LINEAR(suffix, T)                                                                                              \
@@ -55,6 +75,11 @@ void multiply(Out *out, const T *x, const T *packed, const T *bias, int64_t rows
     extern "C" void linear_to_float_##suffix(float *out, const T *x, const T *packed, const T *bias, int64_t rows,     \
                                              int64_t outputs, int64_t inputs, int64_t stride, int64_t threads) {       \
         multiply(out, x, packed, bias, rows, outputs, inputs, stride, threads);                                        \
+    }                                                                                                                  \
+    extern "C" void head_linear_##suffix(T *out, const T *x, const T *packed, int64_t tokens, int64_t heads,           \
+                                         int64_t outputs, int64_t inputs, int64_t token_stride, int64_t head_stride,   \
+                                         int64_t threads) {                                                            \
+        multiply_heads(out, x, packed, tokens, heads, outputs, inputs, token_stride, head_stride, threads);            \
     }
 LINEAR(f32, float)
 LINEAR(bf16, bf16)
