@@ -71,8 +71,9 @@ def test_a_yarn_factor_stretches_the_context(tmp_path):
     ("change", "error", "says"),
     [
         ({"auto_map": {"AutoModel": "m.py"}}, UnsupportedModel, "auto_map"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.OtherForCausalLM"}}, UnsupportedModel, "auto_map"),
         ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
-        ({"architectures": ["MambaForCausalLM"]}, UnsupportedModel, "known are Gemma4ForCausalLM"),
+        ({"architectures": ["MambaForCausalLM"]}, UnsupportedModel, "known are .*Gemma4ForCausalLM"),
         ({"architectures": []}, BadModelConfig, "architectures must hold one name"),
         ({"architectures": None}, BadModelConfig, "field architectures is missing"),
         ({"hidden_size": None}, BadModelConfig, "field hidden_size is missing"),
@@ -94,6 +95,13 @@ def test_a_wrong_field_is_named(tmp_path, change, error, says):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(error, match=says):
         load_model(str(folder_of(tmp_path, {**TINY, **change})), device="cpu")
+
+
+def test_code_in_the_repository_for_the_very_architecture_is_left_alone(tmp_path):
+    # Given an upload with its author's own code for an architecture that this engine has, when it is read,
+    config = {**TINY, "auto_map": {"AutoModelForCausalLM": f"modeling_own.{TINY['architectures'][0]}"}}
+    # then it is the architecture as any other upload has it.
+    assert read_config(folder_of(tmp_path, config)).architecture == TINY["architectures"][0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\\xff"])

@@ -1,8 +1,9 @@
 """Tiny random checkpoints in the hub's layout, one file a family, and the reference that judges them."""
 
-from parity.checkpoints import gemma4, llama4, qwen3, qwen3_next
+from parity.checkpoints import deepseek, gemma4, llama4, qwen3, qwen3_next
 
 ARCHITECTURES = {
+    **deepseek.ARCHITECTURES,
     **gemma4.ARCHITECTURES,
     **llama4.ARCHITECTURES,
     **qwen3.ARCHITECTURES,

@@ -94,7 +94,8 @@ def enliven(model: PreTrainedModel, seed: int, lively: Lively) -> None:
     def normal(tensor: Tensor, std: float) -> Tensor:
         return torch.randn(tensor.shape, generator=generator) * std
 
-    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")}
+    stored = ("layer_scalar", "e_score_correction_bias")
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith(stored)}
     with torch.no_grad():
         for name, tensor in tensors.items():
             if (own := lively(name, tensor, normal)) is not None:
