@@ -34,9 +34,46 @@ LLAMA4 = sizes(5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16_384
     "num_experts_per_tok": 1,
     "attention_chunk_size": 8192,
 }
+LATENT = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163_840,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 1.0},
+}
+
+
+def routed(count, top_k, width, shared, dense, **others):
+    names = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
+    return {**dict(zip(names, (count, top_k, width, shared), strict=True)), "first_k_dense_replace": dense, **others}
+
+
 LARGE = {"attention_k_eq_v": True, "sliding_window": 1024}
 #: name -> (architecture, config, billions of weights of the text model, {window or None: KV bytes a token in bfloat16})
 PUBLISHED = {
+    "DeepSeek V2-Lite": (
+        "DeepseekV2ForCausalLM",
+        LATENT | sizes(2048, 10_944, 27, 16, 16, vocab_size=102_400) | routed(64, 6, 1408, 2, 1),
+        15.71,
+        {None: 27 * 1152},
+    ),
+    "DeepSeek V2": (
+        "DeepseekV2ForCausalLM",
+        LATENT
+        | sizes(5120, 12_288, 60, 128, 128, vocab_size=102_400, q_lora_rank=1536)
+        | routed(160, 6, 1536, 2, 1, topk_method="group_limited_greedy", n_group=8, topk_group=3),
+        235.7,
+        {None: 60 * 1152},
+    ),
+    "DeepSeek V3": (
+        "DeepseekV3ForCausalLM",
+        LATENT
+        | sizes(7168, 18_432, 61, 128, 128, vocab_size=129_280, q_lora_rank=1536)
+        | routed(256, 8, 2048, 1, 3, n_group=8, topk_group=4),
+        671.0,
+        {None: 61 * 1152},
+    ),
     "Gemma 4 E2B": (
         "Gemma4ForConditionalGeneration",
         GEMMA

@@ -55,7 +55,8 @@ class SparseMLP(nn.Module):
         self.shared_experts = GatedMLP(hidden, width * shared, "silu", place=place)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.router(x.float()).sigmoid()
+        # torch.sigmoid rounds numbers at the end of its input in another way, so the same token might go elsewhere.
+        scores = 1 / (1 + (-self.router(x.float())).exp())
         choice = scores + self.gate["e_score_correction_bias"].values
         if self.kept_groups < self.groups:
             two_best = choice.unflatten(-1, (self.groups, -1)).topk(2, dim=-1).values

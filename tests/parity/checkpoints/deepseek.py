@@ -89,7 +89,7 @@ def _limited(groups: int, kept: int) -> Shape:
 V2_SHAPES = (
     _sizes(309, 48, 64, 4, 4)
     | _latent(16, 8, 16, 32, 24)
-    | _experts(16, 4, 20, 2, 1, 3.0, **_limited(8, 3))
+    | _experts(16, 4, 24, 2, 1, 3.0, **_limited(8, 3))
     | _yarn(32, 1.0, 1.0),
     _sizes(281, 32, 48, 8, 3, tie_word_embeddings=True, attention_bias=True)
     | _latent(10, 12, 6, 18, 40)
@@ -108,7 +108,7 @@ def _balanced(groups: int, kept: int, renormalise: bool = True) -> Shape:
 V3_SHAPES = (
     _sizes(313, 48, 64, 4, 5)
     | _latent(16, 8, 16, 32, 24)
-    | _experts(16, 4, 20, 1, 3, 2.5, **_balanced(4, 2))
+    | _experts(16, 4, 24, 1, 3, 2.5, **_balanced(4, 2))
     | _yarn(32, 1.0, 1.0),
     _sizes(271, 40, 48, 5, 3, rms_norm_eps=1e-3, attention_bias=True, rope_interleave=False)
     | _latent(9, 14, 11, 27, 18)
@@ -189,9 +189,9 @@ def hub_tensors(tensors: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     return held
 
 
-_HUB = {"hub_config": hub_config, "hub_tensors": hub_tensors, "lively": lively, "bfloat16_kl": 0.5}
+_HUB = {"hub_config": hub_config, "hub_tensors": hub_tensors, "lively": lively}
 ARCHITECTURES = {
     "deepseek-v2-lite": Architecture(V2_LITE_SHAPES, build_v2, 3e-4, **_HUB),
-    "deepseek-v2": Architecture(V2_SHAPES, build_v2, 3e-4, **_HUB),
-    "deepseek-v3": Architecture(V3_SHAPES, build_v3, 3e-4, **_HUB),
+    "deepseek-v2": Architecture(V2_SHAPES, build_v2, 3e-4, **_HUB, bfloat16_kl=0.1),
+    "deepseek-v3": Architecture(V3_SHAPES, build_v3, 3e-4, **_HUB, bfloat16_kl=0.3),
 }
