@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_float, c_int64, c_void_p
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -65,6 +66,9 @@ def write_latent(latent: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
 
     A slot is block * block_size + offset; a negative slot is skipped (padding).
     """
+    if latent.is_cuda and (kernel := _triton_kernel()) is not None:
+        kernel.write_latent(latent, cache, slot_mapping)
+        return
     native = _native() if _on_cpu(latent, cache) and latent.stride(1) == 1 else None
     if native is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
         write_reference(latent, cache, slot_mapping)
@@ -93,9 +97,12 @@ def latent_attention(
 
     q [T, h, R+P], the absorbed query; cache [blocks, block_size, R+P]; block_tables [R, max_blocks] int32; query_start
     [R+1] int32; seq_lens [R] int32, the context including this step's tokens; rank is R.
-    A token's result does not depend on the other rows, nor in the C++ path on how its prompt was cut into steps: a
-    step of one token gives the same bits as the whole prompt at once.
+    A token's result does not depend on the other rows, nor, but for the reference, on how its prompt was cut into
+    steps: a step of one token gives the same bits as the whole prompt at once.
     """
+    if q.is_cuda and (kernel := _triton_kernel()) is not None:
+        result: Tensor = kernel.latent_attention(q, cache, block_tables, query_start, seq_lens, rank=rank, scale=scale)
+        return result
     native = _native() if _takes(q, cache) else None
     if native is None:
         return reference(q, cache, block_tables, query_start, seq_lens, rank=rank, scale=scale)
@@ -126,6 +133,16 @@ def _native() -> build.Functions | None:
     write = [*[c_void_p] * 3, *[c_int64] * 4]
     attend = [*[c_void_p] * 6, *[c_int64] * 7, c_float, c_int64]
     return build.bind({"write_latent": write, "latent_attention": attend})
+
+
+@functools.cache
+def _triton_kernel() -> ModuleType | None:
+    """The module with the kernels; None where Triton is not installed. It comes with torch's builds for CUDA."""
+    try:
+        from inferfleet.kernels import latent_attention_triton
+    except ImportError:
+        return None
+    return latent_attention_triton
 
 
 def _on_cpu(x: Tensor, cache: Tensor) -> bool:

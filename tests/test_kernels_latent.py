@@ -4,7 +4,11 @@ Tolerances: float32 to 2e-5 (softmax in another order of sums); bfloat16 to one 
 the size of the latents (2^-7).
 """
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -168,3 +172,58 @@ def test_write_latent_puts_each_token_in_its_slot_and_skips_negative_ones(dtype)
     assert torch.equal(cache, expected)
     assert torch.equal(cache[3, 7], latent[0])
     assert int((cache != 0).any(dim=2).sum()) == 4
+
+
+UNDER_THE_INTERPRETER = """
+import torch
+import test_kernels_latent as given
+from inferfleet.kernels import latent_attention as latents, latent_attention_triton as kernel
+
+torch.set_num_threads(1)
+kernel.PIECE = 64
+rows = [(1, 1), (5, 5), (0, 12), (1, 150), (9, 83)]
+one = torch.tensor([0, 1], dtype=torch.int32)
+for heads, rank, dtype, tolerance in ((3, 21, torch.float32, 2e-5), (20, 64, torch.float16, 2**-8)):
+    sizes = {"rank": rank, "scale": 0.125}
+    batch = given.ragged(rows, heads=heads, rank=rank, rope=6, dtype=dtype)
+    whole = kernel.latent_attention(*batch, **sizes, apart=False)
+    torch.testing.assert_close(whole, latents.reference(*batch, **sizes), rtol=tolerance, atol=tolerance)
+    assert torch.equal(kernel.latent_attention(*batch, **sizes, apart=True), whole)
+    q, cache, tables, _, _ = batch
+    alone = kernel.latent_attention(q[-7:-6], cache, tables[4:], one, one[1:] * 77, **sizes, apart=True)
+    assert torch.equal(alone, whole[-7:-6])
+cache = torch.zeros(4, 8, 40)
+expected, latent, slots = cache.clone(), torch.randn(5, 64)[:, :40], torch.tensor([31, 0, -1, 9, 10])
+kernel.write_latent(latent, cache, slots)
+latents.write_reference(latent, expected, slots)
+assert torch.equal(cache, expected)
+print("same")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_triton_kernels_equal_the_reference_and_no_cut_of_their_work_shows():
+    # Given the kernels under Triton's interpreter, which must be chosen before Triton is imported,
+    places = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": places}
+    # when they run a ragged batch, in one program a tile or one a piece, and a token of it alone,
+    program = [sys.executable, "-W", "error", "-c", UNDER_THE_INTERPRETER]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    # then they give what the reference gives, and the same bits each time.
+    assert done.stdout == "same\n", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mixed_batch_on_a_gpu_equals_the_reference_and_no_cut_into_steps_shows(dtype):
+    batch = ragged([*MIXED, (1, 3000)], heads=16, rank=512, rope=64, dtype=dtype)
+    there = [tensor.cuda() for tensor in batch]
+
+    actual = latents.latent_attention(*there, rank=512, scale=0.05).cpu()
+
+    assert_same(actual, latents.reference(*batch, rank=512, scale=0.05))
+    q, cache, tables, _, seq_lens = there
+    last = latents.latent_attention(
+        q[-1:], cache, tables[-1:], torch.tensor([0, 1]).cuda(), seq_lens[-1:], rank=512, scale=0.05
+    )
+    assert torch.equal(last.cpu(), actual[-1:])
