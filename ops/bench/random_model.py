@@ -69,10 +69,15 @@ def write_model(name: str, folder: Path) -> Path:
     config, target = MODELS[name], folder / name
     target.mkdir(parents=True)
     (target / "config.json").write_text(json.dumps(config))
-    (target / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIAL[0], "pad_token": SPECIAL[0]}))
-    _tokenizer().save(str(target / "tokenizer.json"))
+    write_tokenizer(target)
     save_file(_weights(config), str(target / "model.safetensors"), metadata={"format": "pt"})
     return target
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json and its configuration, for any model with VOCAB tokens."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIAL[0], "pad_token": SPECIAL[0]}))
+    _tokenizer().save(str(folder / "tokenizer.json"))
 
 
 def _tokenizer() -> Tokenizer:
