@@ -15,6 +15,7 @@ from torch import Tensor
 from inferfleet.engine.batch import Batch
 from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
+from inferfleet.engine.group import ALONE, Group
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
@@ -36,6 +37,9 @@ FAMILIES = {
 
 class Model(Protocol):
     """What a family's class is to the engine."""
+
+    #: Whether several ranks can hold it together.
+    can_split: bool
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         """Reads its fields from a whole config.json; memory for the weights comes as they are read."""
@@ -89,18 +93,24 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> LoadedModel:
     """Loads a local folder or a hub id; raises a ModelError.
 
     dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
     device: "auto" (CUDA where there is one), "cpu", "cuda:0".
+    group: the ranks that hold the model together; each loads its share.
     """
     clock, progress = _Clock(), progress or Progress()
     progress.begin("find")
     folder = find_folder(path, revision, progress)
     config = read_config(folder)
     family, model_class = find_family(config.architecture)
-    place = Place(config.dtype(dtype), _device(device))
+    if group.size > 1 and not model_class.can_split:
+        raise UnsupportedModel(
+            f"{config.architecture} cannot be split over several ranks yet: leave tensor_parallel_size at 1"
+        )
+    place = Place(config.dtype(dtype), _device(device), group)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
     model: Model = model_class(config.raw, place=place)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inferfleet.engine.group import ALONE, Group
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -14,6 +16,8 @@ class Place:
 
     dtype: torch.dtype
     device: torch.device
+    #: Who holds the rest of the model.
+    group: Group = ALONE
 
     def empty(self, *shape: int) -> Tensor:
         """Unfilled weights."""

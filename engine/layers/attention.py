@@ -50,14 +50,18 @@ def sliding_window(text: Fields) -> int | None:
 
 
 class HeadNormAttention(nn.Module):
-    """x [T, H] -> [T, H]: projections, head norms, rotary, attention over the row's context, output projection."""
+    """x [T, H] -> [T, H]: projections, head norms, rotary, attention over the row's context, output projection.
+
+    In a split model each rank has some of the heads: num_heads and num_kv_heads are its own.
+    """
 
     def __init__(self, shape: AttentionShape, index: int, *, place: Place) -> None:
         """index: this layer's place in the model's CacheSpec."""
         super().__init__()
         self.index, self.head_dim = index, shape.head_dim
-        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
-        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        heads, kv_heads = place.group.heads(shape.num_heads, shape.num_kv_heads)
+        self.num_heads, self.num_kv_heads = heads.size, kv_heads.size
+        q_size, kv_size = heads.times(shape.head_dim), kv_heads.times(shape.head_dim)
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = Linear(shape.hidden, parts, bias=shape.bias, place=place)
         self.output = Linear(q_size, {"o_proj": shape.hidden}, bias=shape.bias, place=place)

@@ -1,4 +1,9 @@
-"""Token embeddings and the head that turns hidden states back into a score for every token."""
+"""Token embeddings and the head that turns hidden states back into a score for every token.
+
+In a split model each rank has some of the vocabulary's rows in both. So a head can be tied to its embedding as ever,
+and the largest tables of small models (Gemma's per-layer embeddings) shrink with the number of ranks; the price is one
+sum for each lookup, exact, because all ranks but one bring zeros.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from torch import Tensor
 
 from inferfleet.engine.layers.slots import Slot, Slots, Storage, Weighted
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import cut
 from inferfleet.kernels.linear import PackedLinear
 
 
@@ -16,15 +22,25 @@ class Embedding(Weighted):
 
     def __init__(self, num_tokens: int, size: int, *, scale: float = 1.0, place: Place) -> None:
         super().__init__()
-        self.weight = place.empty(num_tokens, size)
+        self.rows = place.group.width(num_tokens, "vocab_size")
+        self.weight = place.empty(self.rows.size, size)
         self.scale = torch.tensor(scale, dtype=place.dtype).item()
+        self._group = place.group
 
     def slots(self, name: str) -> Slots:
-        return Slots({f"{name}.weight": Slot.into(self.weight)})
+        slot = Slot(lambda table: self.weight.copy_(cut(table, [self.rows])), (self.rows.whole, self.weight.shape[1]))
+        return Slots({f"{name}.weight": slot})
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.weight)
+        rows = self._split_lookup(ids) if self.rows.is_split else F.embedding(ids, self.weight)
         return rows if self.scale == 1.0 else rows * self.scale
+
+    def _split_lookup(self, ids: Tensor) -> Tensor:
+        """Each rank brings the rows it has, and zeros for the others."""
+        begin, end = self.rows.stretches[0]
+        foreign = (ids < begin) | (ids >= end)
+        rows = F.embedding((ids - begin).masked_fill(foreign, 0), self.weight)
+        return self._group.sum(rows.masked_fill(foreign[:, None], 0))
 
 
 class Head(Weighted):
@@ -38,7 +54,8 @@ class Head(Weighted):
         super().__init__()
         self.is_tied = tied is not None
         self._tied = tied
-        self._weight = Storage(num_tokens, size, place=place)
+        self._num_tokens, self._group = num_tokens, place.group
+        self._weight = Storage(place.group.width(num_tokens, "vocab_size"), size, place=place)
         self._product: PackedLinear | None = None
 
     def slots(self, name: str) -> Slots:
@@ -50,4 +67,4 @@ class Head(Weighted):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._product is not None, "finalize comes before the first product"
-        return self._product(x)
+        return self._group.gather(self._product(x), self._num_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inferfleet.engine.model_errors import WeightsMismatch
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import Dim, cut, held, whole
 
 Shape = tuple[int, ...]
 
@@ -36,6 +37,11 @@ class Slot:
     def into(cls, view: Tensor) -> Slot:
         """Copies into memory that is there, converting dtype and device on the way."""
         return cls(view.copy_, tuple(view.shape))
+
+    @classmethod
+    def unused(cls, *shape: int) -> Slot:
+        """For a tensor that only another rank of a split model needs."""
+        return cls(lambda _: None, shape)
 
     def takes(self, tensor: Tensor) -> bool:
         return tuple(tensor.shape) in (self.shape, *self.others)
@@ -70,8 +76,9 @@ class Slots:
 class Storage:
     """Weights of a layer between loading and packing: allocated when the first part comes, given away by `take`."""
 
-    def __init__(self, *shape: int, place: Place) -> None:
-        self.shape, self._place = shape, place
+    def __init__(self, *dims: Dim, place: Place) -> None:
+        self.shape, self._place = tuple(map(held, dims)), place
+        self._dims = dims
         self._tensor: Tensor | None = None
 
     @property
@@ -81,10 +88,15 @@ class Storage:
             self._tensor = self._place.empty(*self.shape)
         return self._tensor
 
-    def slot(self, *index: int | slice) -> Slot:
-        """A slot for the part tensor[index]; without an index for the whole."""
-        shape = torch.empty(self.shape, device="meta")[index].shape
-        return Slot(lambda part: self.tensor[index].copy_(part), tuple(shape))
+    def slot(self, *index: int | slice, dims: Sequence[Dim] = ()) -> Slot:
+        """A slot for the part tensor[index]; without an index for the whole.
+
+        dims: the sizes that the checkpoint's tensor is to have, where they differ from the part's: the rank keeps
+        its shares of them.
+        """
+        part_shape = tuple(torch.empty(self.shape, device="meta")[index].shape)
+        dims = dims or (part_shape if index else self._dims)
+        return Slot(lambda part: self.tensor[index].copy_(cut(part, dims)), tuple(map(whole, dims)))
 
     def take(self) -> Tensor:
         """Hands the tensor over; this storage is of no use afterwards."""

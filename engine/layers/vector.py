@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from inferfleet.engine.layers.slots import Slot, Slots, Weighted
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import Dim, cut, held, whole
 
 
 class Vector(Weighted):
     """`values` [size], for example Gemma 4's layer_scalar [1] or a router's scale [H]."""
 
-    def __init__(self, size: int, *, place: Place) -> None:
+    def __init__(self, size: Dim, *, place: Place) -> None:
         super().__init__()
-        self.values = place.empty(size)
+        self._size = size
+        self.values = place.empty(held(size))
 
     def slots(self, name: str) -> Slots:
-        return Slots({name: Slot.into(self.values)})
+        return Slots({name: Slot(lambda vector: self.values.copy_(cut(vector, [self._size])), (whole(self._size),))})

@@ -14,6 +14,8 @@ class Decoder(nn.Module):
 
     #: What the checkpoint puts before every tensor of the text model except the head.
     prefix = "model."
+    #: Whether the model's layers take shares, so that several ranks can hold it together.
+    can_split = False
 
     def skipped_tensors(self) -> Iterable[str]:
         """Regular expressions (whole names) of tensors that a checkpoint may hold and this model has no use for."""

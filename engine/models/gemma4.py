@@ -181,9 +181,10 @@ class Attention(nn.Module):
     def __init__(self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, place: Place) -> None:
         """cache_index: place in the CacheSpec of the layer whose keys and values are read."""
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, plan.num_kv_heads, plan.head_dim
+        heads, kv_heads = place.group.heads(config.num_heads, plan.num_kv_heads)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads.size, kv_heads.size, plan.head_dim
         self.cache_index, self.eps = cache_index, config.eps
-        q_size, kv_size = config.num_heads * plan.head_dim, plan.num_kv_heads * plan.head_dim
+        q_size, kv_size = heads.times(plan.head_dim), kv_heads.times(plan.head_dim)
         parts = {"q_proj": q_size}
         self.k_norm: RMSNorm | None = None
         if plan.owns_kv:
@@ -297,9 +298,12 @@ class PerLayerEmbeddings(nn.Module):
 class Gemma4ForCausalLM(Decoder):
     """The whole text model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         self.config = c = Gemma4Config.read(text_section(config))
+        self.group = place.group
         owners = [plan.index for plan in c.layers if plan.owns_kv]
         #: The layers from here on read keys and values of those before.
         self.num_owners = len(owners)
@@ -317,7 +321,10 @@ class Gemma4ForCausalLM(Decoder):
     @property
     def cache_spec(self) -> CacheSpec:
         owners = (plan for plan in self.config.layers if plan.owns_kv)
-        return CacheSpec(tuple(KeyValues(plan.num_kv_heads, plan.head_dim, Sight(plan.window)) for plan in owners))
+        kv_heads = self.group.kv_heads
+        return CacheSpec(
+            tuple(KeyValues(kv_heads(plan.num_kv_heads), plan.head_dim, Sight(plan.window)) for plan in owners)
+        )
 
     def skipped_tensors(self) -> Iterable[str]:
         """The hub's files hold keys and values of layers that share others', and may hold the tied head."""

@@ -50,6 +50,8 @@ class Block(nn.Module):
 class Qwen3ForCausalLM(Decoder):
     """The whole dense model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
@@ -57,6 +59,7 @@ class Qwen3ForCausalLM(Decoder):
         self.shape = shape = AttentionShape.read(text, default_head_dim=128)
         self.windows = layer_windows(text)
         vocab, intermediate = text.integer("vocab_size"), text.integer("intermediate_size")
+        self.num_kv_heads = place.group.kv_heads(shape.num_kv_heads)
         self.embed_tokens = Embedding(vocab, shape.hidden, place=place)
         self.layers = nn.ModuleList(
             Block(shape, intermediate, index, place=place) for index in range(len(self.windows))
@@ -70,8 +73,8 @@ class Qwen3ForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        shape = self.shape
-        return CacheSpec(tuple(KeyValues(shape.num_kv_heads, shape.head_dim, Sight(window)) for window in self.windows))
+        kv_heads, d = self.num_kv_heads, self.shape.head_dim
+        return CacheSpec(tuple(KeyValues(kv_heads, d, Sight(window)) for window in self.windows))
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()

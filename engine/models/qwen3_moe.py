@@ -80,6 +80,8 @@ class Block(nn.Module):
 class Qwen3MoeForCausalLM(Decoder):
     """The whole mixture model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
@@ -88,6 +90,7 @@ class Qwen3MoeForCausalLM(Decoder):
         self.shape = shape = AttentionShape.read(text, default_head_dim=default_head_dim)
         self.window = sliding_window(text)  # unlike in the dense model, for every layer
         vocab, count = text.integer("vocab_size"), text.integer("num_hidden_layers")
+        self.num_kv_heads = place.group.kv_heads(shape.num_kv_heads)
         self.embed_tokens = Embedding(vocab, shape.hidden, place=place)
         self.layers = nn.ModuleList(Block(text, shape, index, place=place) for index in range(count))
         self.norm = RMSNorm(shape.hidden, shape.eps, "llama", place=place)
@@ -99,9 +102,8 @@ class Qwen3MoeForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec(
-            (KeyValues(self.shape.num_kv_heads, self.shape.head_dim, Sight(self.window)),) * len(self.layers)
-        )
+        layer = KeyValues(self.num_kv_heads, self.shape.head_dim, Sight(self.window))
+        return CacheSpec((layer,) * len(self.layers))
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()
