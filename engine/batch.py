@@ -47,6 +47,10 @@ class Batch:
     row_lens: list[tuple[int, int]]
     max_query_len: int
     cache: Cache
+    #: Where the tensors lie.
+    arena: Arena
+    #: State slots (from, to) that were copied since the last batch, before this one's rows begin.
+    moves: list[tuple[int, int]]
 
     @property
     def num_tokens(self) -> int:
@@ -110,14 +114,29 @@ class Arena:
 
     def upload(self, arrays: Sequence[NDArray]) -> list[Tensor]:
         """The arrays' values on the device, until the next upload."""
-        shapes = [array.shape for array in arrays]
+        self._make_ready([array.shape for array in arrays])
+        for target, array in zip(self._targets, arrays, strict=True):
+            target[...] = array
+        return self._send()
+
+    def contents(self) -> tuple[list[tuple[int, ...]], memoryview]:
+        """Shapes and bytes of what was uploaded last, for the arena of another process."""
+        return self._shapes, self._array.data[: self._used]
+
+    def adopt(self, shapes: list[tuple[int, ...]], contents: memoryview) -> list[Tensor]:
+        """`upload` of what another arena of the same dtypes told with `contents`."""
+        self._make_ready(shapes)
+        self._array[: self._used] = np.frombuffer(contents, dtype=np.uint8)
+        return self._send()
+
+    def _make_ready(self, shapes: list[tuple[int, ...]]) -> None:
         if shapes != self._shapes:
             self._cut(shapes)
         if self._copied is not None:
             # A step that samples nothing waits for nothing: the last copy may still be reading what is written now.
             self._copied.synchronize()
-        for target, array in zip(self._targets, arrays, strict=True):
-            target[...] = array
+
+    def _send(self) -> list[Tensor]:
         if self._copied is not None:
             self._mirror[: self._used].copy_(self._host[: self._used], non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self._mirror.device))
@@ -148,11 +167,18 @@ class BatchBuilder:
     ) -> None:
         self.cache = cache
         self.tables = tables
+        #: Copies of states that no batch has told of yet.
+        self._moves: list[tuple[int, int]] = []
         rows, groups = tables[0].shape[0], len(tables)
         words = (3 + groups) * max_num_batched_tokens + 5 * rows + sum(table.size for table in tables)
         dtypes: list[type[np.generic]] = [np.int64, np.int64, np.int32, np.int32, np.int64, np.int64]
         dtypes += [np.int32] * groups + [np.int64] * groups
         self.arena = Arena(8 * words + len(dtypes) * ALIGNMENT, dtypes, torch.device(device))
+
+    def copy_states(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy state slots (from, to) of the cache, before the next batch is built."""
+        self.cache.copy_states(moves)
+        self._moves += moves
 
     def build(self, plan: Plan, *, scoring: bool = False) -> Batch:
         """One step's batch; the plan has at least one row and at most the tokens of the budget.
@@ -182,21 +208,44 @@ class BatchBuilder:
                 *self._slot_mapping(slots, lens, positions),
             ]
         )
-        input_ids, positions_, query_start_, seq_lens_, logits_index, state_slots, *grouped = tensors
+        return self._batch(tensors, rows, plan.samples, list(zip(plan.num_tokens, seq_lens.tolist(), strict=True)))
+
+    def rebuild(
+        self,
+        tensors: list[Tensor],
+        rows: list[Request],
+        samples: Sequence[bool],
+        row_lens: list[tuple[int, int]],
+        moves: Sequence[tuple[int, int]],
+    ) -> Batch:
+        """The batch that another process built, from what its arena held; this one's cache follows."""
+        self.copy_states(moves)
+        if self.cache.spec.has_states:
+            slots = tensors[5].tolist()
+            self.cache.clear_states([slot for slot, (new, seen) in zip(slots, row_lens, strict=True) if new == seen])
+        return self._batch(tensors, rows, samples, row_lens)
+
+    def _batch(
+        self, tensors: list[Tensor], rows: list[Request], samples: Sequence[bool], row_lens: list[tuple[int, int]]
+    ) -> Batch:
+        input_ids, positions, query_start, seq_lens, logits_index, state_slots, *grouped = tensors
+        moves, self._moves = self._moves, []
         return Batch(
             input_ids=input_ids,
-            positions=positions_,
-            query_start=query_start_,
-            seq_lens=seq_lens_,
+            positions=positions,
+            query_start=query_start,
+            seq_lens=seq_lens,
             logits_index=logits_index,
             state_slots=state_slots,
             block_tables=tuple(grouped[: len(self.tables)]),
             slot_mapping=tuple(grouped[len(self.tables) :]),
             rows=rows,
-            sample_rows=[row for row, samples in zip(rows, plan.samples, strict=True) if samples],
-            row_lens=list(zip(plan.num_tokens, seq_lens.tolist(), strict=True)),
-            max_query_len=max(plan.num_tokens),
+            sample_rows=[row for row, sampled in zip(rows, samples, strict=True) if sampled],
+            row_lens=row_lens,
+            max_query_len=max(new for new, _ in row_lens),
             cache=self.cache,
+            arena=self.arena,
+            moves=moves,
         )
 
     def _tables_of(self, slots: NDArray, longest: int) -> list[NDArray]:

@@ -13,7 +13,7 @@ from inferfleet.engine.admission import NOTHING_PUBLISHED, Admission, Published
 from inferfleet.engine.answer import Answer
 from inferfleet.engine.batch import Batch, BatchBuilder
 from inferfleet.engine.cache import Cache
-from inferfleet.engine.errors import EngineError, InvalidRequest, NumericalError, OutOfMemory
+from inferfleet.engine.errors import EngineError, GroupBroken, InvalidRequest, NumericalError, OutOfMemory
 from inferfleet.engine.logprobs import openai_entry
 from inferfleet.engine.output import Delta, StepOutput, Usage
 from inferfleet.engine.request import Request, Status
@@ -23,7 +23,7 @@ from inferfleet.engine.scheduler import Plan, Scheduler
 from inferfleet.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from inferfleet.engine.families import Model
+    from inferfleet.engine.families import Computes
 
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Computes,
         cache: Cache,
         scheduler: Scheduler,
         sampler: Sampler,
@@ -175,7 +175,7 @@ class Engine:
 
     def _build(self, plan: Plan, *, scoring: bool = False) -> Batch:
         if self.scheduler.blocks.snapshots is not None:
-            self.builder.cache.copy_states(self.scheduler.blocks.snapshots.take_moves())
+            self.builder.copy_states(self.scheduler.blocks.snapshots.take_moves())
         return self.builder.build(plan, scoring=scoring)
 
     def _run(self, batch: Batch) -> SampledRows:
@@ -239,6 +239,8 @@ class Engine:
     def _explain(self, error: Exception) -> EngineError:
         """What a failed batch tells its requests. Raises what no later step could survive either."""
         log.exception("a step failed")
+        if isinstance(error, GroupBroken):
+            raise error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # raises again if the device itself is broken: this process has to end
         if isinstance(error, EngineError):

@@ -6,6 +6,7 @@ EngineError                    engine_error
 │   └── ContextLengthExceeded  context_length_exceeded  prompt and answer can never fit
 ├── NumericalError             nan_logits               a row's logits were not finite
 ├── OutOfMemory                out_of_memory            a step needed more memory than there is
+├── GroupBroken                engine_error             a rank of a split model is gone: no later step can run either
 └── SchedulerStuck             engine_error             a bug in us: work, but no step that advances it
 """
 
@@ -52,6 +53,10 @@ class OutOfMemory(EngineError):
     """The step needed more memory than the device has."""
 
     code = "out_of_memory"
+
+
+class GroupBroken(EngineError):
+    """The ranks of a split model do not compute together any more; the engine has to be loaded again."""
 
 
 class SchedulerStuck(EngineError):

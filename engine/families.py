@@ -35,7 +35,17 @@ FAMILIES = {
 }
 
 
-class Model(Protocol):
+class Computes(Protocol):
+    """What a step needs of a model."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """[T] ids and positions of a step -> hidden states [T, H], of which those at batch.logits_index count."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, H] that `forward` gave -> float32 logits [N, V]."""
+
+
+class Model(Computes, Protocol):
     """What a family's class is to the engine."""
 
     #: Whether several ranks can hold it together.
@@ -54,12 +64,6 @@ class Model(Protocol):
     def finalize(self) -> None:
         """Lays out what `load` could not; once, after it."""
 
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-        """[T] ids and positions of a step -> hidden states [T, H], of which those at batch.logits_index count."""
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, H] that `forward` gave -> float32 logits [N, V]."""
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -75,6 +79,8 @@ class LoadedModel:
     device: torch.device
     #: Seconds of each phase: find, build, read, pack.
     load_seconds: Mapping[str, float]
+    #: Who holds the rest of it.
+    group: Group = ALONE
 
 
 def find_family(architecture: str) -> tuple[str, type[Any]]:
@@ -110,7 +116,7 @@ def load_model(
         raise UnsupportedModel(
             f"{config.architecture} cannot be split over several ranks yet: leave tensor_parallel_size at 1"
         )
-    place = Place(config.dtype(dtype), _device(device), group)
+    place = Place(config.dtype(dtype), _device(device, group), group)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
     model: Model = model_class(config.raw, place=place)
@@ -120,10 +126,11 @@ def load_model(
     clock.lap("read")
     model.finalize()
     clock.lap("pack")
-    return LoadedModel(model, config, family, folder, commit_of(folder), place.dtype, place.device, clock.laps)
+    return LoadedModel(model, config, family, folder, commit_of(folder), place.dtype, place.device, clock.laps, group)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, group: Group) -> torch.device:
+    """Rank r of a split model has the r-th GPU from the named one, or from the first, on."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -132,7 +139,15 @@ def _device(name: str) -> torch.device:
         raise UnsupportedModel(f"device {name!r} is not a device: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModel(f"device {name!r} was asked for, but this machine has no usable CUDA device")
-    return device
+    if device.type != "cuda" or group.size == 1:
+        return device
+    first = device.index or 0
+    if first + group.size > torch.cuda.device_count():
+        raise UnsupportedModel(
+            f"{group.size} ranks from device {name!r} on need more GPUs than the {torch.cuda.device_count()} there are"
+        )
+    torch.cuda.set_device(first + group.rank)
+    return torch.device("cuda", first + group.rank)
 
 
 class _Clock:

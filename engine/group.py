@@ -7,6 +7,7 @@ and no process: engine/ranks.py joins processes, a lone group joins nothing and 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from inferfleet.engine.errors import LoadError
@@ -26,6 +27,10 @@ class Group:
     def gather(self, x: Tensor, whole: int) -> Tensor:
         """x [N, this rank's width of `whole`] of all ranks side by side -> [N, whole]."""
         return x
+
+    def share_of_memory(self, free: int, device: torch.device) -> int:
+        """Of so many free bytes on this rank's device, those that each rank may count on."""
+        return free
 
     def share(self, units: int, field: str) -> Share:
         """An equal number of units (heads) for every rank. LoadError names the field where they do not come out."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from inferfleet.engine.admission import Admission
 from inferfleet.engine.blocks import BlockManager, GroupSize
-from inferfleet.engine.cache import PagedCache
-from inferfleet.engine.contiguous import ContiguousCache
 from inferfleet.engine.costs import in_units
 from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import LoadedModel, load_model
+from inferfleet.engine.followers import Followers
+from inferfleet.engine.group import ALONE
+from inferfleet.engine.layout import CacheLayout
 from inferfleet.engine.prefix import PrefixHasher
 from inferfleet.engine.progress import Progress
 from inferfleet.engine.sampler import Sampler
@@ -34,6 +35,7 @@ from inferfleet.engine.sizing import (
 from inferfleet.engine.smoke import smoke
 from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
+from inferfleet.engine.weights import find_folder
 from inferfleet.kernels import threads
 
 log = logging.getLogger(__name__)
@@ -61,13 +63,21 @@ class EngineSpec:
     state_snapshots: int | None = None
     #: CPU threads of the kernels; None = as many as torch has. Torch itself then keeps one, see kernels/threads.py.
     threads: int | None = None
+    #: Processes that hold the model together, each a share of it: on as many GPUs, from `device` on.
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         counts = "max_model_len block_size kv_cache_tokens max_num_seqs max_num_batched_tokens state_snapshots threads"
+        counts += " tensor_parallel_size"
         for name in counts.split():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What `load_model` wants to know, beside the folder: the same on every rank."""
+        return {"dtype": self.dtype, "device": self.device}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineSpec:
@@ -85,27 +95,52 @@ class Loaded:
     engine: Engine
     prompts: PromptEncoder
     card: dict[str, Any]
+    #: The other ranks, where the model is split.
+    followers: Followers | None = None
 
 
 def load_engine(spec: EngineSpec, progress: Progress | None = None) -> Loaded:
     """Load everything. Raises LoadError, a ModelError, TokenizerError or ChatTemplateError; each says what to do."""
     progress = progress or Progress()
-    threads.use(spec.threads or threads.for_work())
-    loaded = load_model(spec.path, revision=spec.revision, dtype=spec.dtype, device=spec.device, progress=progress)
+    count = spec.threads or threads.for_work()
+    if spec.tensor_parallel_size == 1:
+        threads.use(count)
+        return _load(spec, progress, None)
+    # Ranks on one CPU share its cores.
+    threads.use(max(1, count // spec.tensor_parallel_size))
+    spec = replace(spec, path=str(find_folder(spec.path, spec.revision, progress)), revision=None)
+    followers = Followers(spec.tensor_parallel_size)
+    try:
+        followers.load(spec.path, spec.model_settings, threads.for_work())
+        return _load(spec, progress, followers)
+    except BaseException:
+        followers.close()
+        raise
+
+
+def _load(spec: EngineSpec, progress: Progress, followers: Followers | None) -> Loaded:
+    group = ALONE if followers is None else followers.group
+    loaded = load_model(
+        spec.path, revision=spec.revision, progress=progress, group=group, **spec.model_settings
+    )
+    if followers is not None:
+        followers.wait_for_load()
     progress.begin("engine")
     started = time.perf_counter()
     prompts = PromptEncoder(loaded.folder)
-    engine, kv_cache_tokens = build_engine(loaded, prompts.tokenizer, spec)
+    engine, kv_cache_tokens = build_engine(loaded, prompts.tokenizer, spec, followers)
     built = time.perf_counter()
     progress.begin("smoke")
     smoke(engine, prompts)
     seconds = {"engine": round(built - started, 3), "warm": round(time.perf_counter() - built, 3)}
     seconds = dict(loaded.load_seconds) | seconds
-    return Loaded(engine, prompts, _card(loaded, engine, kv_cache_tokens, seconds))
+    return Loaded(engine, prompts, _card(loaded, engine, kv_cache_tokens, seconds), followers)
 
 
-def build_engine(loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec) -> tuple[Engine, int]:
-    """An engine around a loaded model, and how many tokens its cache holds."""
+def build_engine(
+    loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec, followers: Followers | None = None
+) -> tuple[Engine, int]:
+    """An engine around a loaded model (rank 0's share of one, with followers), and how many tokens its cache holds."""
     longest = _context(spec, loaded.config.max_positions)
     # A contiguous cache is one whose blocks are as long as a context.
     block_size = spec.block_size if spec.paged_attn else min(longest, spec.kv_cache_tokens or longest)
@@ -127,14 +162,21 @@ def build_engine(loaded: LoadedModel, tokenizer: Tokenizer, spec: EngineSpec) ->
     held = min(held, blocks.max_request_tokens)
     if held < longest:
         _cut_or_refuse(loaded, spec, _context_bytes(loaded, spec, block_size, longest) + state_bytes, longest, held)
-    cache_class = PagedCache if spec.paged_attn else ContiguousCache
-    cache = cache_class(
-        loaded.model.cache_spec, counts, block_size, num_states=num_states, dtype=loaded.dtype, device=loaded.device
-    )
     scheduler = Scheduler(blocks, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
     ends = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
     admission = Admission(loaded.config.vocab_size, held, ends)
-    engine = Engine(loaded.model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device)
+    layout = CacheLayout(
+        num_blocks=counts,
+        block_size=block_size,
+        num_states=num_states,
+        is_paged=spec.paged_attn,
+        max_num_seqs=spec.max_num_seqs,
+        table_width=blocks.tables[0].shape[1],
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+    )
+    cache = layout.cache(loaded.model.cache_spec, loaded.dtype, loaded.device)
+    model = loaded.model if followers is None else followers.lead(loaded.model, layout, loaded.device)
+    engine = Engine(model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device)
     return engine, (max(counts) - 1) * block_size
 
 
@@ -154,7 +196,7 @@ def _snapshots(loaded: LoadedModel, spec: EngineSpec) -> int | None:
     if spec.state_snapshots is not None:
         return spec.state_snapshots
     each = loaded.model.cache_spec.state_bytes(loaded.dtype)
-    return max(1, min(spec.max_num_seqs, int(cache_budget(loaded.device) * SNAPSHOT_SHARE) // each))
+    return max(1, min(spec.max_num_seqs, int(cache_budget(loaded.device, group=loaded.group) * SNAPSHOT_SHARE) // each))
 
 
 def _cache_sizes(
@@ -168,11 +210,11 @@ def _cache_sizes(
         seat = longest if loaded.device.type == "cuda" else min(longest, DEFAULT_CONTEXT)
         wanted = max(longest, seats * seat)
         wish = 0 if spec.max_model_len is None else _context_bytes(loaded, spec, block_size, longest) + state_bytes
-        budget = cache_budget(loaded.device, wish) - state_bytes
+        budget = cache_budget(loaded.device, wish, loaded.group) - state_bytes
         return sizes_within(cache_spec, budget, wanted, block_size, itemsize, max_num_seqs=seats, max_batched=chunk)
     sizes = group_sizes(cache_spec, spec.kv_cache_tokens, block_size, max_num_seqs=seats, max_num_batched_tokens=chunk)
     needed = cache_bytes(cache_spec, sizes, block_size, itemsize) + state_bytes
-    free = free_memory(loaded.device)
+    free = free_memory(loaded.device, loaded.group)
     if needed > free:
         raise LoadError(
             f"a KV cache of {spec.kv_cache_tokens} tokens needs {in_units(needed)}"
@@ -195,7 +237,7 @@ def _cut_or_refuse(loaded: LoadedModel, spec: EngineSpec, needed: int, longest: 
     if spec.kv_cache_tokens is not None:
         there = f"the cache that was asked for holds {spec.kv_cache_tokens} tokens (kv_cache_tokens)"
     else:
-        budget = cache_budget(loaded.device, 0 if spec.max_model_len is None else needed)
+        budget = cache_budget(loaded.device, 0 if spec.max_model_len is None else needed, loaded.group)
         there = f"{in_units(budget)} are free for it on {loaded.device}"
     costs = cache_costs(loaded.model.cache_spec, loaded.dtype)
     figures = f"a context of {longest} tokens needs {in_units(needed)} of KV cache ({costs}); {there}"
@@ -219,6 +261,7 @@ def _card(loaded: LoadedModel, engine: Engine, kv_cache_tokens: int, seconds: Ma
         "architecture": loaded.config.architecture,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
+        "tensor_parallel_size": loaded.group.size,
         "kv_cache_tokens": kv_cache_tokens,
         "load_seconds": dict(seconds),
     }

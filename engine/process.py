@@ -14,16 +14,16 @@ import gc
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from inferfleet.engine.admission import Published
 from inferfleet.engine.engine import Engine
-from inferfleet.engine.errors import EngineError, InvalidRequest
+from inferfleet.engine.errors import EngineError, GroupBroken, InvalidRequest
+from inferfleet.engine.json_log import start_logging
 from inferfleet.engine.loader import EngineSpec, Loaded, load_engine
 from inferfleet.engine.output import StepOutput
 from inferfleet.engine.progress import Progress
@@ -58,13 +58,25 @@ class Child:
         gc.collect()
         gc.freeze()
         while True:
-            while self.connection.poll(0 if loaded.engine.has_work else None):
+            while self._has_mail(loaded):
                 self._handle(loaded, self._receive())
             self._step(loaded.engine)
+
+    def _has_mail(self, loaded: Loaded) -> bool:
+        """Whether the parent said something; waits for it if there is no work. GroupBroken for a rank that is gone."""
+        followers, seconds = loaded.followers, 0 if loaded.engine.has_work else None
+        if followers is None:
+            return self.connection.poll(seconds)
+        heard = wait([self.connection, *followers.connections], seconds)
+        if heard != [self.connection]:
+            followers.check()
+        return self.connection in heard
 
     def _load(self, message: Mapping[str, Any]) -> Loaded:
         try:
             loaded = load_engine(EngineSpec.from_dict(message["spec"]), Progress(self._tell_progress))
+        except GroupBroken:
+            raise  # a rank died on the way: another try may go well
         except Exception as error:
             code = getattr(error, "code", "load_failed")
             self._send({"op": "failed", "code": code, "message": str(error) or type(error).__name__})
@@ -146,22 +158,6 @@ def add(loaded: Loaded, message: Mapping[str, Any]) -> None:
     )
 
 
-class JSONFormatter(logging.Formatter):
-    """A log record as one line of JSON."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            "logger": record.name,
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
 def usable_cores() -> int:
     """The cores that this process may use; a spec's `threads` goes over it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,11 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m inferfleet.engine.process", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="an inherited socket that the parent speaks over")
     options = parser.parse_args()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # Ctrl-C reaches the whole terminal group; when this process ends is the parent's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_logging()
     os.set_inheritable(options.fd, False)
     threads.use(usable_cores())
     try:

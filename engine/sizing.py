@@ -11,6 +11,7 @@ from inferfleet.engine.blocks import GroupSize
 from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.costs import CacheCosts, in_units
 from inferfleet.engine.errors import LoadError
+from inferfleet.engine.group import ALONE, Group
 
 #: Without a wish, a CPU engine makes room for this much context in every seat ...
 DEFAULT_CONTEXT = 4096
@@ -90,12 +91,12 @@ def held_tokens(sizes: Sequence[GroupSize], block_size: int, longest: int) -> in
     return min(longest, *full) if full else longest
 
 
-def cache_budget(device: torch.device, wish: int = 0) -> int:
-    """Bytes that a cache of our own choice may take on the device, once the model is loaded.
+def cache_budget(device: torch.device, wish: int = 0, group: Group = ALONE) -> int:
+    """Bytes that a cache of our own choice may take on each rank's device, once the model is loaded.
 
     wish: bytes that somebody asked for; a CPU gives them as long as they are there.
     """
-    free = free_memory(device)
+    free = free_memory(device, group)
     if device.type == "cuda":
         return gpu_cache_budget(free)
     return max(min(CPU_CACHE_BYTES, int(free * CPU_SHARE)), min(wish, int(free * CPU_WISH_SHARE)))
@@ -106,9 +107,10 @@ def gpu_cache_budget(free: int) -> int:
     return max(0, int(free * GPU_SHARE) - GPU_RESERVE_BYTES)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+def free_memory(device: torch.device, group: Group = ALONE) -> int:
+    """Bytes that the device can still give to each rank."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return group.share_of_memory(free, device)
 
 
 def available_memory() -> int:
