@@ -54,6 +54,8 @@ class ModelSpec(BaseModel):
     prefix_caching: bool = True
     #: CPU threads of its engine; None = every core that the process may use. Models on one CPU should share them.
     threads: int | None = Field(default=None, ge=1, le=1024)
+    #: Processes that hold the model together, each a share of it; on GPUs one each, from `device` on.
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     #: Load at the worker's start, not at the first job.
     eager: bool = True
 

@@ -203,16 +203,20 @@ def test_a_child_that_dies_while_loading_says_how():
 
 
 @pytest.mark.parametrize(
-    ("device", "visible", "pinned_to", "inner"),
+    ("device", "count", "visible", "pinned_to", "inner"),
     [
-        ("cpu", None, None, "cpu"),
-        ("cuda", "2,3", "2,3", "cuda"),
-        ("cuda:1", None, "1", "cuda:0"),
-        ("cuda:1", "4,6", "6", "cuda:0"),
+        ("cpu", 1, None, None, "cpu"),
+        ("cpu", 2, None, None, "cpu"),
+        ("cuda", 1, "2,3", "2,3", "cuda"),
+        ("cuda", 2, "2,3", "2,3", "cuda"),
+        ("cuda:1", 1, None, "1", "cuda:0"),
+        ("cuda:1", 1, "4,6", "6", "cuda:0"),
+        ("cuda:2", 2, None, "2,3", "cuda:0"),
+        ("cuda:1", 2, "4,6,5,7", "6,5", "cuda:0"),
     ],
 )
-def test_a_child_is_pinned_to_its_device(device, visible, pinned_to, inner):
-    env, name = pinned(device, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+def test_a_child_is_pinned_to_its_devices(device, count, visible, pinned_to, inner):
+    env, name = pinned(device, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}, count)
 
     assert (env.get("CUDA_VISIBLE_DEVICES"), name) == (pinned_to, inner)
 
@@ -221,6 +225,11 @@ def test_a_child_is_pinned_to_its_device(device, visible, pinned_to, inner):
 def test_a_device_that_is_hidden_is_refused_by_name(visible):
     with pytest.raises(LoadRefused, match="no cuda:2"):
         pinned("cuda:2", {"CUDA_VISIBLE_DEVICES": visible})
+
+
+def test_the_second_device_of_a_split_model_is_refused_by_name_too():
+    with pytest.raises(LoadRefused, match="no cuda:2"):
+        pinned("cuda:1", {"CUDA_VISIBLE_DEVICES": "4,6"}, 2)
 
 
 def test_an_engine_that_cannot_be_started_is_refused():

@@ -51,12 +51,14 @@ class EngineChild:
         threading.Thread(target=self._write, name=f"engine-{process.pid}-writer", daemon=True).start()
 
     @classmethod
-    def start(cls, command: Sequence[str], device: str) -> tuple["EngineChild", str]:
+    def start(cls, command: Sequence[str], device: str, num_devices: int = 1) -> tuple["EngineChild", str]:
         """Start `command --fd N`, pinned to `device`; returns the child and the device's name inside it.
+
+        num_devices: of a model that is split over several, from `device` on.
 
         Raises LoadRefused when there is no such device, or the command cannot be started.
         """
-        env, inner_device = pinned(device, os.environ)
+        env, inner_device = pinned(device, os.environ, num_devices)
         ours, theirs = socket.socketpair()
         with ours, theirs:
             try:
@@ -180,17 +182,18 @@ class EngineChild:
                 return
 
 
-def pinned(device: str, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
+def pinned(device: str, env: Mapping[str, str], num_devices: int = 1) -> tuple[dict[str, str], str]:
     """The child's environment and its name for `device`: a child told "cuda:1" sees one device, its cuda:0.
 
-    Raises LoadRefused when CUDA_VISIBLE_DEVICES hides that device.
+    With num_devices 2 it sees cuda:1 and cuda:2. Raises LoadRefused when CUDA_VISIBLE_DEVICES hides one of them.
     """
     kind, _, index = device.partition(":")
     if kind != "cuda" or not index:
         return dict(env), device
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    devices = [index] if visible is None else visible.split(",")
-    place = 0 if visible is None else int(index)
-    if place >= len(devices) or not devices[place]:
-        raise LoadRefused("engine_error", f"there is no {device} among CUDA_VISIBLE_DEVICES={visible}")
-    return {**env, "CUDA_VISIBLE_DEVICES": devices[place]}, "cuda:0"
+    wanted = range(int(index), int(index) + num_devices)
+    devices = list(map(str, range(wanted.stop))) if visible is None else visible.split(",")
+    hidden = [place for place in wanted if place >= len(devices) or not devices[place]]
+    if hidden:
+        raise LoadRefused("engine_error", f"there is no cuda:{hidden[0]} among CUDA_VISIBLE_DEVICES={visible}")
+    return {**env, "CUDA_VISIBLE_DEVICES": ",".join(devices[place] for place in wanted)}, "cuda:0"

@@ -247,7 +247,9 @@ class Resident:
     def _bring_up(self) -> EngineChild:
         self._become(State.LOADING)
         self.loading = None
-        child, device = EngineChild.start(self._command, str(self._spec["device"]))
+        child, device = EngineChild.start(
+            self._command, str(self._spec["device"]), int(self._spec.get("tensor_parallel_size", 1))
+        )
         with self._lock:
             self._child = child
             if self._stopping.is_set():
