@@ -52,7 +52,8 @@ class LLM:
     """A loaded model that answers many prompts in one continuous batch.
 
     Settings are those of EngineSpec (device, dtype, max_model_len, paged_attn, block_size, kv_cache_tokens,
-    max_num_seqs, max_num_batched_tokens, prefix_caching, revision). Raises LoadError or a ModelError.
+    max_num_seqs, max_num_batched_tokens, prefix_caching, tensor_parallel_size, revision). Raises LoadError or a
+    ModelError.
     """
 
     def __init__(self, path: str, **settings: Any) -> None:
@@ -96,6 +97,11 @@ class LLM:
     def score(self, prompt_token_ids: Sequence[int]) -> Tensor:
         """Float32 logits [T, V] after each of the T tokens, computed in the chunks that `generate` would use."""
         return self.engine.score(prompt_token_ids)
+
+    def close(self) -> None:
+        """End the other processes of a split model; the end of this object does it too."""
+        if self._loaded.followers is not None:
+            self._loaded.followers.close()
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
