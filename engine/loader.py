@@ -120,9 +120,7 @@ def load_engine(spec: EngineSpec, progress: Progress | None = None) -> Loaded:
 
 def _load(spec: EngineSpec, progress: Progress, followers: Followers | None) -> Loaded:
     group = ALONE if followers is None else followers.group
-    loaded = load_model(
-        spec.path, revision=spec.revision, progress=progress, group=group, **spec.model_settings
-    )
+    loaded = load_model(spec.path, revision=spec.revision, progress=progress, group=group, **spec.model_settings)
     if followers is not None:
         followers.wait_for_load()
     progress.begin("engine")

@@ -26,7 +26,7 @@ ENDLESS = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
 SAMPLE = ("qwen3", "gemma4-e2b")
 NAMES = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in ARCHITECTURES]
 #: Blocks of 8 and chunks of 32; the cache holds the beginnings of all answers and not their ends.
-TIGHT = {"block_size": 8, "max_num_batched_tokens": 32, "max_num_seqs": 8, "kv_cache_tokens": 200}
+TIGHT = {"block_size": 8, "max_num_batched_tokens": 32, "max_num_seqs": 8, "max_model_len": 200, "kv_cache_tokens": 200}
 
 
 def llm(judge: Reference, size: int, **settings) -> LLM:
