@@ -62,6 +62,8 @@ class BlockManager:
         self._end = [0] * max_num_seqs
         #: Per slot: blocks whose hash has been offered to the pools.
         self._named = [0] * max_num_seqs
+        #: Per slot: tokens at the beginning that somebody else has computed as well, as far as the pools know.
+        self._common = [0] * max_num_seqs
 
     @property
     def usage(self) -> float:
@@ -92,12 +94,13 @@ class BlockManager:
         """
         if not self._free_slots:
             return False
-        found = self._find_prefix(request)
+        found, common = self._find_prefix(request)
         length = len(found[0])
         if not self._has_room(request, found, length, reserve):
             return False
         slot = request.slot = self._free_slots.pop()
         self._named[slot] = self._end[slot] = length
+        self._common[slot] = common * self.block_size
         for group, blocks in enumerate(found):
             first = self.sights[group].first_block(length * self.block_size, self.block_size)
             for index in range(first, length):
@@ -150,6 +153,9 @@ class BlockManager:
         # A hit leaves at least the last token to compute, so the border before that one is the last of any use.
         last = (request.num_tokens - 1) // self.block_size * self.block_size
         border = min(wanted // self.block_size * self.block_size, last)
+        # What two requests have begun with, a third will: where they part, no chunk of the first need have ended.
+        if request.num_computed_tokens < (common := self._common[request.slot]) < border:
+            border = common
         return border if border > request.num_computed_tokens else wanted
 
     def close(self, request: Request) -> None:
@@ -196,18 +202,23 @@ class BlockManager:
                 table[index] = NULL_BLOCK
             self._first[slot][group] = max(self._first[slot][group], seen)
 
-    def _find_prefix(self, request: Request) -> list[list[int | None]]:
-        """Per group the cached blocks of the longest usable prefix (None where it is out of sight)."""
+    def _find_prefix(self, request: Request) -> tuple[list[list[int | None]], int]:
+        """Per group the cached blocks of the longest usable prefix (None where it is out of sight).
+
+        And how many blocks it would have if only a recurrent state had been kept everywhere.
+        """
         if self._hasher is None or not request.shares_prefix:
-            return [[] for _ in self.pools]
+            return [[] for _ in self.pools], 0
         limit = (request.num_tokens - 1) // self.block_size
         self._hasher.extend(request.block_hashes, _root(request), request.token_ids, limit)
         hashes = request.block_hashes[:limit]
         found = [[pool.find(block_hash) for block_hash in hashes] for pool in self.pools]
         cached = [[block is not None for block in blocks] for blocks in found]
-        resumable = [True] * limit if self.snapshots is None else [prefix in self.snapshots for prefix in hashes]
-        length = longest_prefix(cached, self.sights, resumable, self.block_size)
-        return [blocks[:length] for blocks in found]
+        length = common = longest_prefix(cached, self.sights, [True] * limit, self.block_size)
+        if self.snapshots is not None:
+            resumable = [prefix in self.snapshots for prefix in hashes]
+            length = longest_prefix(cached, self.sights, resumable, self.block_size)
+        return [blocks[:length] for blocks in found], common
 
     def _has_room(self, request: Request, found: list[list[int | None]], length: int, reserve: int) -> bool:
         """Room for all tokens of the request now known, and one more, beside the reserve."""

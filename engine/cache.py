@@ -61,6 +61,8 @@ class States:
                 )
 
     def clear(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return  # the usual step: where all rows go on, not one operation a layer
         for part in self._all():
             part[list(slots)] = 0
 

@@ -117,6 +117,16 @@ def test_a_prompt_that_begins_like_an_earlier_one_goes_on_from_the_last_state_ke
         assert ask(engine, other) == (found, cold(other, 6))
 
 
+def test_the_text_that_two_prompts_begin_with_is_found_by_the_third_wherever_they_part(make):
+    # Given a step large enough for a whole prompt, so that the first keeps a state at its end alone,
+    engine = make()
+    shared = [i % 7 for i in range(22)]
+    # when others begin like it, then the second is computed whole, and leaves a state where the two part.
+    for last, found in ((1, 0), (2, 0), (3, 20), (4, 20)):
+        prompt = shared + [last] * 20
+        assert ask(engine, prompt) == (found, cold(prompt, 6))
+
+
 def test_an_equal_prompt_of_whole_blocks_goes_on_from_the_border_before_its_last_token(make):
     engine = make()
     prompt = [i % 7 for i in range(24)]
