@@ -52,7 +52,9 @@ class Admission:
         for index in range(sampling.n):
             output = published.get(index, NOTHING_PUBLISHED).token_ids
             self.check_tokens(output, "resume")
-            request = Request(request_id, list(prompt), sampling, cache_salt, priority, arrival, index)
+            request = Request(
+                request_id, list(prompt), sampling, cache_salt, priority=priority, arrival=arrival, index=index
+            )
             request.max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
             request.end_token_ids = ends
             request.resume(output)

@@ -8,6 +8,7 @@ on a GPU it is pinned and travels in one copy.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,46 @@ class Batch:
             row_lens=lens,
             max_query_len=1,
         )
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants of the model that this step's rows want, in order of first use."""
+        return tuple(dict.fromkeys(row.variant for row in self.rows))
+
+    def only(self, variant: str) -> tuple[Tensor, Batch]:
+        """(the tokens of the rows that want a variant [T'], the batch of these rows alone)."""
+        kept = [number for number, row in enumerate(self.rows) if row.variant == variant]
+        ends = list(itertools.accumulate(count for count, _ in self.row_lens))
+        rows, lens = [self.rows[number] for number in kept], [self.row_lens[number] for number in kept]
+        stretches = [np.arange(ends[n] - self.row_lens[n][0], ends[n], dtype=np.int64) for n in kept]
+        own_ends = np.cumsum([len(stretch) for stretch in stretches])
+        sampled = set(map(id, self.sample_rows))
+        if len(self.logits_index) == self.num_tokens:
+            logits = np.arange(own_ends[-1])
+        else:
+            logits = np.array(
+                [end - 1 for row, end in zip(rows, own_ends, strict=True) if id(row) in sampled], np.int64
+            )
+
+        def on_device(array: NDArray) -> Tensor:
+            return torch.from_numpy(array).to(self.input_ids.device)
+
+        tokens, numbers = on_device(np.concatenate(stretches)), on_device(np.array(kept, dtype=np.int64))
+        part = replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            positions=self.positions[tokens],
+            query_start=on_device(np.concatenate(([0], own_ends)).astype(np.int32)),
+            seq_lens=self.seq_lens[numbers],
+            logits_index=on_device(logits),
+            block_tables=tuple(table[numbers] for table in self.block_tables),
+            slot_mapping=tuple(slots[tokens] for slots in self.slot_mapping),
+            rows=rows,
+            sample_rows=[row for row in rows if id(row) in sampled],
+            row_lens=lens,
+            max_query_len=max(count for count, _ in lens),
+        )
+        return tokens, part
 
 
 class Arena:

@@ -25,6 +25,12 @@ from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 FAMILIES = {
     "DeepseekV2ForCausalLM": ("deepseek_v2", "inferfleet.engine.models.deepseek_v2", "DeepseekV2ForCausalLM"),
     "DeepseekV3ForCausalLM": ("deepseek_v3", "inferfleet.engine.models.deepseek_v3", "DeepseekV3ForCausalLM"),
+    "Gemma3nForCausalLM": ("gemma3n", "inferfleet.engine.models.gemma3n", "Gemma3nForCausalLM"),
+    "Gemma3nForConditionalGeneration": (
+        "gemma3n",
+        "inferfleet.engine.models.gemma3n",
+        "Gemma3nForConditionalGeneration",
+    ),
     "Gemma4ForCausalLM": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForCausalLM"),
     "Gemma4ForConditionalGeneration": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForConditionalGeneration"),
     "Llama4ForCausalLM": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForCausalLM"),

@@ -20,6 +20,15 @@ GEMMA = {
     "max_position_embeddings": 131_072,
     "hidden_size_per_layer_input": 0,
 }
+GEMMA_3N = {
+    "vocab_size": 262_400,
+    "vocab_size_per_layer_input": 262_144,
+    "head_dim": 256,
+    "max_position_embeddings": 32_768,
+    "hidden_size_per_layer_input": 256,
+    "sliding_window": 512,
+    "laurel_rank": 64,
+}
 QWEN = {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 40_960}
 
 
@@ -117,6 +126,18 @@ PUBLISHED = {
         400.71,
         {8192: 36 * 4096, None: 48 * 1024},
     ),
+    "Gemma 3n E4B": (
+        "Gemma3nForConditionalGeneration",
+        GEMMA_3N | sizes(2048, [16_384] * 35, 35, 8, 2, num_kv_shared_layers=15),
+        6.84,
+        {512: 16 * 2048, None: 4 * 2048},
+    ),
+    "Gemma 3n E2B": (
+        "Gemma3nForConditionalGeneration",
+        GEMMA_3N | sizes(2048, [8192] * 30, 30, 8, 2, num_kv_shared_layers=10),
+        4.44,
+        {512: 16 * 2048, None: 4 * 2048},
+    ),
     "Qwen3 0.6B": (
         "Qwen3ForCausalLM",
         QWEN | sizes(1024, 3072, 28, 16, 8, tie_word_embeddings=True),
@@ -172,6 +193,18 @@ TENSORS = {
         "per_layer_model_projection.weight": [35 * 256, 1536],
         "per_layer_projection_norm.weight": [256],
     },
+    "Gemma 3n E4B": {
+        "layers.19.self_attn.k_proj.weight": [512, 2048],
+        "layers.20.altup.correct_output_scale": [2048],
+        "layers.20.altup.correction_coefs.weight": [4, 4],
+        "layers.20.altup.prediction_coefs.weight": [16, 4],
+        "layers.20.altup.modality_router.weight": [4, 2048],
+        "layers.20.laurel.linear_left.weight": [64, 2048],
+        "layers.34.mlp.down_proj.weight": [2048, 16_384],
+        "altup_projections.2.weight": [2048, 2048],
+        "altup_unembed_projections.2.weight": [2048, 2048],
+        "embed_tokens_per_layer.weight": [262_144, 35 * 256],
+    },
     "Gemma 4 31B": {
         "layers.4.self_attn.k_proj.weight": [16 * 256, 5376],
         "layers.4.self_attn.v_proj.weight": [16 * 256, 5376],
@@ -201,6 +234,9 @@ def test_published_tensor_names_and_shapes_have_their_places(name):
 
 def test_layers_that_share_or_derive_have_no_place_for_what_they_do_not_own():
     shared, derived = build("Gemma 4 E2B"), build("Gemma 4 31B")
+    assert not {f"layers.20.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")} & set(
+        all_slots(build("Gemma 3n E4B")).tensors
+    )
     assert not {f"layers.15.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")} & set(
         all_slots(shared).tensors
     )

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from inferfleet.engine.batch import Batch
 from inferfleet.engine.cache_spec import CacheSpec, KeyValues
 from inferfleet.engine.config import Fields, text_section
+from inferfleet.engine.layers.attention import AttentionShape
 from inferfleet.engine.layers.embedding import Embedding, Head
 from inferfleet.engine.layers.experts import Experts
+from inferfleet.engine.layers.gemma_attention import GemmaAttention
 from inferfleet.engine.layers.linear import Linear
 from inferfleet.engine.layers.mlp import GatedMLP
 from inferfleet.engine.layers.norm import RMSNorm
+from inferfleet.engine.layers.per_layer import PerLayerEmbeddings
 from inferfleet.engine.layers.rotary import Rotary
 from inferfleet.engine.layers.vector import Vector
 from inferfleet.engine.model_errors import BadModelConfig
@@ -175,40 +178,24 @@ def _rope(text: Fields, kind: str) -> Fields:
     return text.section("rope_parameters", DEFAULT_ROPE).section(kind)
 
 
-class Attention(nn.Module):
-    """Attention with scale 1: q and k are normalised with a weight, v without one; q and k are then turned."""
+class KeyAttention(GemmaAttention):
+    """V is made from the key projection too, before its norm and rotation: K and V differ, and both are stored."""
 
-    def __init__(self, config: Gemma4Config, plan: LayerPlan, cache_index: int, *, place: Place) -> None:
-        """cache_index: place in the CacheSpec of the layer whose keys and values are read."""
-        super().__init__()
-        heads, kv_heads = place.group.heads(config.num_heads, plan.num_kv_heads)
-        self.num_heads, self.num_kv_heads, self.head_dim = heads.size, kv_heads.size, plan.head_dim
-        self.cache_index, self.eps = cache_index, config.eps
-        q_size, kv_size = heads.times(plan.head_dim), kv_heads.times(plan.head_dim)
-        parts = {"q_proj": q_size}
-        self.k_norm: RMSNorm | None = None
-        if plan.owns_kv:
-            parts |= {"k_proj": kv_size} if plan.v_from_k else {"k_proj": kv_size, "v_proj": kv_size}
-            self.k_norm = RMSNorm(plan.head_dim, config.eps, "gemma", place=place)
-        bias = config.attention_bias
-        self.qkv = Linear(config.hidden, parts, bias=bias, place=place)
-        self.output = Linear(q_size, {"o_proj": config.hidden}, bias=bias, place=place)
-        self.q_norm = RMSNorm(plan.head_dim, config.eps, "gemma", place=place)
+    projections = ("k_proj",)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        tokens = x.shape[0]
-        q, *kv = self.qkv(x).split(self.qkv.sizes, dim=1)
-        q = self.q_norm.then_rotary(q.view(tokens, self.num_heads, self.head_dim), cos, sin)
-        k, v = self._keys_and_values(kv, cos, sin)
-        out = batch.attend(self.cache_index, q, k, v, scale=1.0)
-        return self.output(out.view(tokens, -1))
 
-    def _keys_and_values(self, kv: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """k, v [T, k, d], or None twice in a layer that reads another's. V may come from the *raw* key projection."""
-        if self.k_norm is None:
-            return None, None
-        raw = [part.view(-1, self.num_kv_heads, self.head_dim) for part in kv]
-        return self.k_norm.then_rotary(raw[0], cos, sin), rms_norm(raw[-1], None, self.eps, style="gemma")
+def attention(config: Gemma4Config, plan: LayerPlan, cache_index: int, place: Place) -> GemmaAttention:
+    """A layer's attention; cache_index: place in the CacheSpec of the layer whose keys and values are read."""
+    shape = AttentionShape(
+        hidden=config.hidden,
+        num_heads=config.num_heads,
+        num_kv_heads=plan.num_kv_heads,
+        head_dim=plan.head_dim,
+        eps=config.eps,
+        bias=config.attention_bias,
+    )
+    kind = KeyAttention if plan.v_from_k else GemmaAttention
+    return kind(shape, cache_index, owns_kv=plan.owns_kv, place=place)
 
 
 class Router(nn.Module):
@@ -239,7 +226,7 @@ class Block(nn.Module):
         def norm() -> RMSNorm:
             return RMSNorm(hidden, config.eps, "gemma", place=place)
 
-        self.self_attn = Attention(config, plan, cache_index, place=place)
+        self.self_attn = attention(config, plan, cache_index, place)
         self.mlp = GatedMLP(hidden, plan.intermediate, "gelu_tanh", place=place)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
@@ -276,25 +263,6 @@ class Block(nn.Module):
         return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(sparse)
 
 
-class PerLayerEmbeddings(nn.Module):
-    """For every token a small vector per layer: half looked up by id, half projected from the token's embedding."""
-
-    def __init__(self, config: Gemma4Config, *, place: Place) -> None:
-        super().__init__()
-        self.num_layers, self.root = len(config.layers), config.hidden**-0.5
-        width, size = config.ple_size * self.num_layers, config.ple_size
-        scale = size**0.5
-        self.embed_tokens_per_layer = Embedding(config.ple_vocab_size, width, scale=scale, place=place)
-        self.product = Linear(config.hidden, {"per_layer_model_projection": width}, place=place)
-        self.per_layer_projection_norm = RMSNorm(size, config.eps, "gemma", place=place)
-
-    def forward(self, input_ids: Tensor, x: Tensor) -> Tensor:
-        """ids [T] and their scaled embeddings x [T, H] -> [T, L, P]."""
-        shape = (len(input_ids), self.num_layers, -1)
-        context = self.per_layer_projection_norm((self.product(x) * self.root).view(shape))
-        return (context + self.embed_tokens_per_layer(input_ids).view(shape)) * 2.0**-0.5
-
-
 class Gemma4ForCausalLM(Decoder):
     """The whole text model; its protocol is families.Model."""
 
@@ -308,7 +276,9 @@ class Gemma4ForCausalLM(Decoder):
         #: The layers from here on read keys and values of those before.
         self.num_owners = len(owners)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden, scale=c.hidden**0.5, place=place)
-        self.ple = PerLayerEmbeddings(c, place=place) if c.ple_size else None
+        self.ple: PerLayerEmbeddings | None = None
+        if c.ple_size:
+            self.ple = PerLayerEmbeddings(c.hidden, c.ple_size, len(c.layers), c.ple_vocab_size, c.eps, place=place)
         self.layers = nn.ModuleList(Block(c, plan, owners.index(plan.kv_layer), place=place) for plan in c.layers)
         self.norm = RMSNorm(c.hidden, c.eps, "gemma", place=place)
         tied = self.embed_tokens if c.tied else None

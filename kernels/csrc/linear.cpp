@@ -15,9 +15,10 @@ template <class T> void pack(T *packed, const T *weight, int64_t outputs, int64_
     });
 }
 
+// Over the first `outputs` outputs of a weight, and the first `inputs` of the `held` inputs that its panels hold.
 template <class Out, class T>
 void multiply(Out *out, const T *x, const T *packed, const T *bias, int64_t rows, int64_t outputs, int64_t inputs,
-              int64_t stride, int64_t threads) {
+              int64_t held, int64_t stride, int64_t threads) {
     std::vector<const T *> pointers(rows);
     for (int64_t row = 0; row < rows; ++row) pointers[row] = x + row * stride;
     const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows, panels = num_panels(outputs);
@@ -34,7 +35,8 @@ void multiply(Out *out, const T *x, const T *packed, const T *bias, int64_t rows
                     for (int64_t n = 0; n < width; ++n) to[n] = narrow<Out>(sums[n]);
             }
         };
-        multiply_rows(pointers.data() + begin, end - begin, packed + panel * panel_size<T>(inputs), inputs, write);
+        const T *weights = packed + panel * panel_size<T>(held);
+        multiply_rows(pointers.data() + begin, end - begin, weights, inputs, held, write);
     });
 }
 
@@ -69,12 +71,13 @@ void multiply_heads(T *out, const T *x, const T *packed, int64_t tokens, int64_t
         pack(packed, weight, outputs, inputs, threads);                                                                \
     }                                                                                                                  \
     extern "C" void linear_##suffix(T *out, const T *x, const T *packed, const T *bias, int64_t rows, int64_t outputs, \
-                                    int64_t inputs, int64_t stride, int64_t threads) {                                 \
-        multiply(out, x, packed, bias, rows, outputs, inputs, stride, threads);                                        \
+                                    int64_t inputs, int64_t held, int64_t stride, int64_t threads) {                   \
+        multiply(out, x, packed, bias, rows, outputs, inputs, held, stride, threads);                                  \
     }                                                                                                                  \
     extern "C" void linear_to_float_##suffix(float *out, const T *x, const T *packed, const T *bias, int64_t rows,     \
-                                             int64_t outputs, int64_t inputs, int64_t stride, int64_t threads) {       \
-        multiply(out, x, packed, bias, rows, outputs, inputs, stride, threads);                                        \
+                                             int64_t outputs, int64_t inputs, int64_t held, int64_t stride,            \
+                                             int64_t threads) {                                                        \
+        multiply(out, x, packed, bias, rows, outputs, inputs, held, stride, threads);                                  \
     }                                                                                                                  \
     extern "C" void head_linear_##suffix(T *out, const T *x, const T *packed, int64_t tokens, int64_t heads,           \
                                          int64_t outputs, int64_t inputs, int64_t token_stride, int64_t head_stride,   \

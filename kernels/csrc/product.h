@@ -117,10 +117,11 @@ template <class T> constexpr bool suits_machine() {
 }
 
 // Calls use(first row, number of rows, float results [rows][64]) for the rows of x in blocks of nearly equal size.
+// Of the panel's `held` inputs the first `inputs` are used: they lie first.
 template <class T, class Use>
-void multiply_rows(const T *const *x, int64_t rows, const T *panel, int64_t inputs, Use use) {
+void multiply_rows(const T *const *x, int64_t rows, const T *panel, int64_t inputs, int64_t held, Use use) {
     const int64_t blocks = (rows + max_rows - 1) / max_rows;
-    const char *next = reinterpret_cast<const char *>(panel + panel_size<T>(inputs));
+    const char *next = reinterpret_cast<const char *>(panel + panel_size<T>(held));
     const int64_t share = panel_size<T>(inputs) * int64_t(sizeof(T)) / std::max<int64_t>(blocks, 1);
     const int64_t stride = share / std::max<int64_t>(inputs / Panels<T>::depth, 1);
     alignas(64) float out[max_rows * panel_width];
@@ -139,4 +140,9 @@ void multiply_rows(const T *const *x, int64_t rows, const T *panel, int64_t inpu
         use(first, count, out);
         first += count;
     }
+}
+
+template <class T, class Use>
+void multiply_rows(const T *const *x, int64_t rows, const T *panel, int64_t inputs, Use use) {
+    multiply_rows(x, rows, panel, inputs, inputs, use);
 }

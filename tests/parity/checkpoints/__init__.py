@@ -1,9 +1,10 @@
 """Tiny random checkpoints in the hub's layout, one file a family, and the reference that judges them."""
 
-from parity.checkpoints import deepseek, gemma4, llama4, qwen3, qwen3_next
+from parity.checkpoints import deepseek, gemma3n, gemma4, llama4, qwen3, qwen3_next
 
 ARCHITECTURES = {
     **deepseek.ARCHITECTURES,
+    **gemma3n.ARCHITECTURES,
     **gemma4.ARCHITECTURES,
     **llama4.ARCHITECTURES,
     **qwen3.ARCHITECTURES,
