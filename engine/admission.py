@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from inferfleet.engine.errors import ContextLengthExceeded, InvalidRequest
+from inferfleet.engine.matformer import SliceTable
 from inferfleet.engine.request import Request
 from inferfleet.engine.sampling_params import SamplingParams
 
@@ -30,6 +31,8 @@ class Admission:
     max_model_len: int
     #: End of sequence, unless a request ignores it.
     eos_token_ids: frozenset[int]
+    #: What requests may ask for beside the whole model, if anything.
+    slices: SliceTable | None = None
 
     def requests(
         self,
@@ -40,11 +43,13 @@ class Admission:
         cache_salt: str,
         priority: int,
         arrival: int,
+        matformer_slice: str | None,
         published: Mapping[int, Published],
     ) -> list[Request]:
         """One Request for each of the sampling.n answers. InvalidRequest names the field and the limit."""
         room = self.max_model_len - len(prompt)
         self._check(prompt, sampling, room)
+        variant = self.variant(matformer_slice)
         if not set(published) <= set(range(sampling.n)):
             raise InvalidRequest(f"resume must name answers from 0 to {sampling.n - 1}", param="resume")
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_token_ids)
@@ -52,14 +57,23 @@ class Admission:
         for index in range(sampling.n):
             output = published.get(index, NOTHING_PUBLISHED).token_ids
             self.check_tokens(output, "resume")
-            request = Request(
-                request_id, list(prompt), sampling, cache_salt, priority=priority, arrival=arrival, index=index
-            )
+            request = Request(request_id, list(prompt), sampling, cache_salt, priority, arrival, index, variant=variant)
             request.max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
             request.end_token_ids = ends
             request.resume(output)
             requests.append(request)
         return requests
+
+    def variant(self, matformer_slice: str | None) -> str:
+        """What computes a request for this slice, None being the engine's default. InvalidRequest names the known."""
+        if matformer_slice is None:
+            return (self.slices and self.slices.default) or ""
+        if self.slices is None:
+            raise InvalidRequest("this model has no MatFormer slices", param="matformer_slice")
+        if matformer_slice not in self.slices.names:
+            known = ", ".join(map(repr, self.slices.names))
+            raise InvalidRequest(f"matformer_slice {matformer_slice!r} is not one of {known}", param="matformer_slice")
+        return matformer_slice
 
     def check_prompt(self, prompt: Sequence[int], longest: int) -> None:
         """Refuses an empty prompt, ids outside the vocabulary and more than `longest` tokens."""

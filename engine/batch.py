@@ -127,6 +127,7 @@ class Batch:
             query_start=on_device(np.concatenate(([0], own_ends)).astype(np.int32)),
             seq_lens=self.seq_lens[numbers],
             logits_index=on_device(logits),
+            state_slots=self.state_slots[numbers],
             block_tables=tuple(table[numbers] for table in self.block_tables),
             slot_mapping=tuple(slots[tokens] for slots in self.slot_mapping),
             rows=rows,

@@ -92,10 +92,12 @@ class Engine:
         *,
         cache_salt: str = "",
         priority: int = 0,
+        matformer_slice: str | None = None,
         published: Mapping[int, Published] | None = None,
     ) -> None:
         """Take a prompt; sampling.n answers will be written to it. InvalidRequest or its ContextLengthExceeded.
 
+        matformer_slice: what of the model shall answer; None = what the engine's settings say.
         published: by answer, what an earlier run has told; the answers go on after it and none of it is told again.
         """
         if request_id in self._open:
@@ -108,6 +110,7 @@ class Engine:
             cache_salt=cache_salt,
             priority=priority,
             arrival=self._num_added,
+            matformer_slice=matformer_slice,
             published=published,
         )
         answers = [self._answer(request, published.get(request.index, NOTHING_PUBLISHED)) for request in requests]
@@ -134,7 +137,7 @@ class Engine:
         self._close_if_ended(request_id, self._news)
         return True
 
-    def score(self, token_ids: Sequence[int], *, num_decoded: int = 0) -> Tensor:
+    def score(self, token_ids: Sequence[int], *, num_decoded: int = 0, matformer_slice: str | None = None) -> Tensor:
         """Float32 logits [T + num_decoded, V] on the CPU: after each of the T tokens, computed in chunks like any
         prompt, and after each of the likeliest that follow.
 
@@ -145,6 +148,7 @@ class Engine:
         self.admission.check_prompt(token_ids, self.admission.max_model_len - num_decoded)
         # One token more than it will decode: it ends when we say so.
         request = Request("score", list(token_ids), SamplingParams(), max_tokens=num_decoded + 1, shares_prefix=False)
+        request.variant = self.admission.variant(matformer_slice)
         logits, total = torch.empty(0), len(token_ids) + num_decoded
         self.scheduler.add([request])
         try:

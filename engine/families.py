@@ -15,7 +15,9 @@ from torch import Tensor
 from inferfleet.engine.batch import Batch
 from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
+from inferfleet.engine.errors import LoadError
 from inferfleet.engine.group import ALONE, Group
+from inferfleet.engine.matformer import SliceTable
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
@@ -39,6 +41,9 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
     "Qwen3NextForCausalLM": ("qwen3_next", "inferfleet.engine.models.qwen3_next", "Qwen3NextForCausalLM"),
 }
+
+#: Families whose class takes `slices`: MatFormers, trained to be cut.
+SLICED = ("gemma3n",)
 
 
 class Computes(Protocol):
@@ -87,6 +92,8 @@ class LoadedModel:
     load_seconds: Mapping[str, float]
     #: Who holds the rest of it.
     group: Group = ALONE
+    #: What requests may ask for beside the whole model, if anything.
+    slices: SliceTable | None = None
 
 
 def find_family(architecture: str) -> tuple[str, type[Any]]:
@@ -106,12 +113,14 @@ def load_model(
     device: str = "auto",
     progress: Progress | None = None,
     group: Group = ALONE,
+    slices: SliceTable | None = None,
 ) -> LoadedModel:
     """Loads a local folder or a hub id; raises a ModelError.
 
     dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
     device: "auto" (CUDA where there is one), "cpu", "cuda:0".
     group: the ranks that hold the model together; each loads its share.
+    slices: of a MatFormer; LoadError for any other model.
     """
     clock, progress = _Clock(), progress or Progress()
     progress.begin("find")
@@ -125,14 +134,22 @@ def load_model(
     place = Place(config.dtype(dtype), _device(device, group), group)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
-    model: Model = model_class(config.raw, place=place)
+    if slices is not None and family not in SLICED:
+        raise LoadError(
+            f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",
+            param="matformer_config_path",
+        )
+    cut = {} if slices is None else {"slices": slices}
+    model: Model = model_class(config.raw, place=place, **cut)
     clock.lap("build")
     progress.begin("read", checkpoint.num_bytes)
     model.load(progress.counted(checkpoint.tensors()))
     clock.lap("read")
     model.finalize()
     clock.lap("pack")
-    return LoadedModel(model, config, family, folder, commit_of(folder), place.dtype, place.device, clock.laps, group)
+    return LoadedModel(
+        model, config, family, folder, commit_of(folder), place.dtype, place.device, clock.laps, group, slices
+    )
 
 
 def _device(name: str, group: Group) -> torch.device:

@@ -17,6 +17,7 @@ from inferfleet.engine.families import LoadedModel, load_model
 from inferfleet.engine.followers import Followers
 from inferfleet.engine.group import ALONE
 from inferfleet.engine.layout import CacheLayout
+from inferfleet.engine.matformer import read_table
 from inferfleet.engine.prefix import PrefixHasher
 from inferfleet.engine.progress import Progress
 from inferfleet.engine.sampler import Sampler
@@ -65,6 +66,10 @@ class EngineSpec:
     threads: int | None = None
     #: Processes that hold the model together, each a share of it: on as many GPUs, from `device` on.
     tensor_parallel_size: int = 1
+    #: A table of MatFormer slices that requests may ask for (see matformer.py). What none of them uses is not loaded.
+    matformer_config_path: str | None = None
+    #: The slice for requests that name none; None = they get the whole model.
+    matformer_slice_name: str | None = None
 
     def __post_init__(self) -> None:
         counts = "max_model_len block_size kv_cache_tokens max_num_seqs max_num_batched_tokens state_snapshots threads"
@@ -73,6 +78,8 @@ class EngineSpec:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
+        if self.matformer_slice_name is not None and self.matformer_config_path is None:
+            raise LoadError("matformer_slice_name needs matformer_config_path", param="matformer_slice_name")
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -120,7 +127,11 @@ def load_engine(spec: EngineSpec, progress: Progress | None = None) -> Loaded:
 
 def _load(spec: EngineSpec, progress: Progress, followers: Followers | None) -> Loaded:
     group = ALONE if followers is None else followers.group
-    loaded = load_model(spec.path, revision=spec.revision, progress=progress, group=group, **spec.model_settings)
+    path = spec.matformer_config_path
+    slices = None if path is None else read_table(path, spec.matformer_slice_name)
+    loaded = load_model(
+        spec.path, revision=spec.revision, progress=progress, group=group, slices=slices, **spec.model_settings
+    )
     if followers is not None:
         followers.wait_for_load()
     progress.begin("engine")
@@ -162,7 +173,7 @@ def build_engine(
         _cut_or_refuse(loaded, spec, _context_bytes(loaded, spec, block_size, longest) + state_bytes, longest, held)
     scheduler = Scheduler(blocks, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
     ends = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
-    admission = Admission(loaded.config.vocab_size, held, ends)
+    admission = Admission(loaded.config.vocab_size, held, ends, loaded.slices)
     layout = CacheLayout(
         num_blocks=counts,
         block_size=block_size,
@@ -261,5 +272,7 @@ def _card(loaded: LoadedModel, engine: Engine, kv_cache_tokens: int, seconds: Ma
         "device": str(loaded.device),
         "tensor_parallel_size": loaded.group.size,
         "kv_cache_tokens": kv_cache_tokens,
+        "matformer_slices": [] if loaded.slices is None else list(loaded.slices.names),
+        "matformer_slice": None if loaded.slices is None else loaded.slices.default,
         "load_seconds": dict(seconds),
     }

@@ -21,6 +21,8 @@ from inferfleet.engine.sampling_params import SamplingParams
 #: A text, or {"prompt_token_ids": [...]}.
 Prompt = str | Mapping[str, Sequence[int]]
 Message = Mapping[str, Any]
+#: The name of a MatFormer slice for all prompts, or one each; None = what the settings say.
+Slices = str | Sequence[str | None] | None
 
 
 @dataclass(slots=True)
@@ -67,8 +69,10 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        matformer_slice: Slices = None,
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts. One SamplingParams for all, or one each.
+        """Answers in the order of the prompts. One SamplingParams and one MatFormer slice for all, or one each.
 
         Without a seed the answers depend on how many requests this object has had before, and on nothing else.
         Raises InvalidRequest for a prompt that does not fit (nothing runs then), NumericalError for NaN logits.
@@ -78,6 +82,7 @@ class LLM:
             [self._tokens(prompt) for prompt in given],
             [prompt if isinstance(prompt, str) else None for prompt in given],
             sampling_params,
+            matformer_slice,
         )
 
     def chat(
@@ -86,17 +91,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        matformer_slice: Slices = None,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation of OpenAI messages or a list of them. ChatTemplateError if refused."""
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
         prompts, kwargs = self._loaded.prompts, chat_template_kwargs or {}
         tokens = [prompts.encode_chat(conversation, **kwargs) for conversation in conversations]
-        return self._run(tokens, [None] * len(tokens), sampling_params)
+        return self._run(tokens, [None] * len(tokens), sampling_params, matformer_slice)
 
-    def score(self, prompt_token_ids: Sequence[int]) -> Tensor:
+    def score(self, prompt_token_ids: Sequence[int], *, matformer_slice: str | None = None) -> Tensor:
         """Float32 logits [T, V] after each of the T tokens, computed in the chunks that `generate` would use."""
-        return self.engine.score(prompt_token_ids)
+        return self.engine.score(prompt_token_ids, matformer_slice=matformer_slice)
 
     def close(self) -> None:
         """End the other processes of a split model; the end of this object does it too."""
@@ -115,6 +121,7 @@ class LLM:
         prompts: list[list[int]],
         texts: list[str | None],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        slices: Slices,
     ) -> list[RequestOutput]:
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
@@ -122,11 +129,15 @@ class LLM:
             raise InvalidRequest(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts", param="sampling_params"
             )
+        if slices is None or isinstance(slices, str):
+            slices = [slices] * len(prompts)
+        if len(slices) != len(prompts):
+            raise InvalidRequest(f"{len(slices)} slices for {len(prompts)} prompts", param="matformer_slice")
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, text, sampling in zip(prompts, texts, sampling_params, strict=True):
+            for prompt, text, sampling, part in zip(prompts, texts, sampling_params, slices, strict=True):
                 name = f"offline-{self._num_requests}"
-                self.engine.add(name, prompt, sampling)
+                self.engine.add(name, prompt, sampling, matformer_slice=part)
                 self._num_requests += 1
                 answers = [Completion(index) for index in range(sampling.n)]
                 outputs[name] = RequestOutput(text, prompt, answers)

@@ -154,6 +154,7 @@ def add(loaded: Loaded, message: Mapping[str, Any]) -> None:
         sampling,
         cache_salt=message.get("cache_salt", ""),
         priority=message.get("priority", 0),
+        matformer_slice=message.get("matformer_slice"),
         published={int(i): Published(tuple(told["token_ids"]), told["text"]) for i, told in resume.items()},
     )
 

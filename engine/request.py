@@ -31,8 +31,6 @@ class Request:
     sampling: SamplingParams
     #: Requests share cached prefixes only within one salt (a tenant).
     cache_salt: str = ""
-    #: Which variant of the model computes it; "" = the model itself. Variants share no cached prefixes.
-    variant: str = ""
     #: Lower runs first.
     priority: int = 0
     #: Order of arrival; unique for a group.

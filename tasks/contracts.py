@@ -7,7 +7,7 @@ request with what one model can do.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -179,6 +179,8 @@ class ChatCompletionRequest(QueueOptions):
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
+    #: Which slice of a MatFormer answers; None = what the worker's settings say.
+    matformer_slice: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -331,6 +333,7 @@ def check_card(request: ChatCompletionRequest, card: Mapping[str, Any]) -> None:
     if vocabulary is not None and any(token >= vocabulary for token in ids):
         param = "stop_token_ids" if max(request.stop_token_ids or [-1]) >= vocabulary else "logit_bias"
         raise InvalidRequest(f"{param}: token ids of this model are below {vocabulary}", param=param)
+    check_slice(request.matformer_slice, card.get("matformer_slices"))
     if context is None:
         return
     if (request.token_limit or 1) >= context:
@@ -343,6 +346,14 @@ def check_card(request: ChatCompletionRequest, card: Mapping[str, Any]) -> None:
             f"the model's context of {context}",
             param="messages",
         )
+
+
+def check_slice(name: str | None, slices: Sequence[str] | None) -> None:
+    """slices: of the model, as its card lists them; None while no worker has told."""
+    if name is None or slices is None or name in slices:
+        return
+    known = f"; its slices are {', '.join(map(repr, slices))}" if slices else ": it has none"
+    raise InvalidRequest(f"the model has no MatFormer slice {name!r}{known}", param="matformer_slice")
 
 
 def text_bytes(message: Message) -> int:

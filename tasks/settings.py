@@ -56,6 +56,11 @@ class ModelSpec(BaseModel):
     threads: int | None = Field(default=None, ge=1, le=1024)
     #: Processes that hold the model together, each a share of it; on GPUs one each, from `device` on.
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    #: A CSV of MatFormer slices (Gemma 3n) that jobs may ask for by name, all served from one set of weights. What none
+    #: of its lines uses is not loaded, so a table of one line and its name below hold no more than that slice.
+    matformer_config_path: str | None = None
+    #: The slice of jobs that name none; None = the whole model.
+    matformer_slice_name: str | None = Field(default=None, min_length=1)
     #: Load at the worker's start, not at the first job.
     eager: bool = True
 

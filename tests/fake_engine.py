@@ -3,7 +3,8 @@
 Token n of answer i is a hash of (seed, i, n), so whoever goes on after a crash must say the same. It obeys words in the
 last message: `tokens=N` (answer length), `step=S` (seconds a step while it runs), `fail`, `exit=N` and `hang=N` (at
 token N), `exit_once=FILE` and `hang_once=FILE` (at token 3, unless FILE exists, which it makes). The path of the model
-obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds), `parts=N` (told so many times).
+obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds), `parts=N` (told so many times),
+`slices=A,B` (what its card offers). A request for a slice is answered as if its seed were "slice:seed".
 """
 
 import argparse
@@ -43,6 +44,8 @@ class Answer:
     def __init__(self, message):
         self.id = message["id"]
         self.sampling = message["sampling"]
+        slice_name = message.get("matformer_slice")
+        self.seed = f"{slice_name}:{self.sampling['seed']}" if slice_name else self.sampling["seed"]
         self.options = options_of(message["messages"][-1]["content"])
         self.num_prompt_tokens = sum(len(m["content"].split()) for m in message["messages"])
         self.length = min(int(self.options.get("tokens", 8)), self.sampling.get("max_tokens", MAX_MODEL_LEN))
@@ -77,7 +80,7 @@ class Answer:
             if said < self.length:
                 self.said[index] += 1
                 done = said + 1 == self.length
-                deltas.append(self.delta(index, [token(self.sampling["seed"], index, said)], "stop" if done else None))
+                deltas.append(self.delta(index, [token(self.seed, index, said)], "stop" if done else None))
             elif said == self.length and not deltas and self.done:
                 deltas.append(self.delta(index, [], "stop"))
         return deltas
@@ -124,7 +127,8 @@ class FakeEngine:
         self.max_num_seqs = message["spec"]["max_num_seqs"]
         card = {"max_model_len": MAX_MODEL_LEN, "vocab_size": 65536, "max_token_bytes": 5, "family": "fake",
                 "architecture": "Fake", "dtype": "none", "device": message["spec"]["device"], "kv_cache_tokens": 1,
-                "load_seconds": {}}  # fmt: skip
+                "load_seconds": {}, "matformer_slices": options["slices"].split(",") if "slices" in options else [],
+                "matformer_slice": None}  # fmt: skip
         self.send(op="ready", card=card)
         return True
 

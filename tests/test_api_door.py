@@ -114,6 +114,8 @@ def test_what_is_not_json_is_invalid_json(http, raw):
         ({"logit_bias": {"1000": 1}}, "logit_bias"),
         ({"stop_token_ids": [1000]}, "stop_token_ids"),
         ({"priority": 101}, "priority"),
+        ({"matformer_slice": ""}, "matformer_slice"),
+        ({"matformer_slice": 4}, "matformer_slice"),
     ],
 )
 def test_a_wrong_field_is_refused_by_its_path(http, fields, param):

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 
+import openai
 import pytest
 from fake_engine import answer
 from fleet import Fleet, until
@@ -29,8 +30,8 @@ def said_by_engine(chunk_or_completion, tokens: int, index: int = 0) -> str:
     return answer(seed_of(job_id), tokens, index)
 
 
-def ask(api: LiveApi, words: str, **options):
-    return api.sdk().chat.completions.create(model="m", messages=[{"role": "user", "content": words}], **options)
+def ask(api: LiveApi, words: str, *, model: str = "m", **options):
+    return api.sdk().chat.completions.create(model=model, messages=[{"role": "user", "content": words}], **options)
 
 
 def test_whole_streamed_and_doubled_answers_are_what_the_engine_said(fleet, api):
@@ -44,6 +45,23 @@ def test_whole_streamed_and_doubled_answers_are_what_the_engine_said(fleet, api)
         parts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.index == index]
         assert "".join(part or "" for part in parts) == said_by_engine(chunks[0], 20, index)
     assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_a_job_may_choose_a_slice_and_none_that_the_model_lacks(fleet, api):
+    fleet.start_worker({"m": "slices=small,large", "plain": "fake"})
+
+    small = ask(api, "tokens=9", extra_body={"matformer_slice": "small"})
+    whole = ask(api, "tokens=9")
+
+    seed = seed_of("job_" + small.id.removeprefix("chatcmpl-"))
+    assert small.choices[0].message.content == answer(f"small:{seed}", 9)
+    assert whole.choices[0].message.content == said_by_engine(whole, 9)
+    for model, said in (("m", "its slices are 'small', 'large'"), ("plain", "it has none")):
+        with pytest.raises(openai.UnprocessableEntityError, match=said) as caught:
+            ask(api, "tokens=9", model=model, extra_body={"matformer_slice": "tiny"})
+        assert (caught.value.code, caught.value.param) == ("invalid_request", "matformer_slice")
+    card = api.sdk().models.retrieve("m")
+    assert card.matformer_slices == ["small", "large"]
 
 
 def test_a_stream_goes_on_word_for_word_when_its_worker_is_killed(fleet, api):

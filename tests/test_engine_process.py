@@ -119,6 +119,7 @@ def test_cancelling_what_is_not_there_says_nothing(child):
         ({"sampling": {"temprature": 1.0}}, "invalid_request", "temprature"),
         ({"messages": []}, "invalid_request", "messages"),
         ({"text": "word " * 200}, "context_length_exceeded", "messages"),
+        ({"matformer_slice": "small"}, "invalid_request", "matformer_slice"),
         ({"sampling": {"max_tokens": 256}}, "context_length_exceeded", "max_tokens"),
         ({"messages": [{"role": "user", "content": {"not": "text"}}], "resume": {"zero": {}}}, "engine_error", None),
     ],
@@ -184,3 +185,27 @@ def test_a_bad_number_of_threads_refuses_the_load(tmp_path, threads):
 
 def test_without_a_setting_the_engine_uses_the_cores_it_may_use():
     assert 1 <= usable_cores() <= os.cpu_count()
+
+
+def test_a_request_is_answered_by_the_slice_that_it_names(tmp_path):
+    # Given Gemma 3n with a table of two slices, of which one is the default,
+    write("gemma3n", 0, tmp_path)
+    columns = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped"
+    lines = [f'narrow,7,,,"{[64] * 7}",', f'short,6,,,"{[224] * 6}","[1]"']
+    (tmp_path / "slices.csv").write_text("\n".join([columns, *lines]))
+    spec = {"matformer_config_path": str(tmp_path / "slices.csv"), "matformer_slice_name": "narrow"}
+    child = Child(None)
+    card = child.load(tmp_path, **spec)["card"]
+    assert (card["matformer_slices"], card["matformer_slice"]) == (["narrow", "short"], "narrow")
+    # when requests name one, the other and none,
+    for name, part in (("a", "narrow"), ("b", "short"), ("c", None)):
+        child.add(name, matformer_slice=part)
+    told, _ = child.until_end("a", "b", "c")
+    child.close()
+    # then each is answered by its own, as the offline engine does.
+    offline = LLM(tmp_path, device="cpu", dtype="float32", max_model_len=256, kv_cache_tokens=4096, **spec)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    for name, part in (("a", "narrow"), ("b", "short"), ("c", "narrow")):
+        said = offline.chat([{"role": "user", "content": "hello"}], params, matformer_slice=part)[0].outputs[0]
+        assert told[name]["token_ids"] == said.token_ids
+    assert told["a"]["token_ids"] != told["b"]["token_ids"]

@@ -68,6 +68,56 @@ def test_a_linear_to_float_gives_float32(dtype, layout):
     torch.testing.assert_close(actual, exact, rtol=0, atol=1e-5 if layout == "panels" else 2**-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 200])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 100), (130, 64), (65, 33), (1, 1), (200, 99)])
+@pytest.mark.parametrize("compiled", [True, False], ids=["panels", "plain"])
+def test_a_corner_of_a_weight_is_multiplied_where_it_lies(compiled, outputs, inputs, rows, dtype, monkeypatch):
+    if compiled and linear.panels() is None:
+        pytest.skip("no C++ compiler")
+    if not compiled:
+        monkeypatch.setattr(linear, "panels", lambda: None)
+    weight, bias = numbers(200, 100, dtype=dtype) / 10, numbers(200, dtype=dtype, seed=1)
+    x = numbers(rows, inputs, dtype=dtype, seed=2)
+    packed = linear.PackedLinear(weight, bias, can_cut=True)
+
+    held = packed.weight.data_ptr()
+    actual = packed.corner(x, outputs)
+
+    assert_same(actual, linear.reference(x, weight[:outputs, :inputs].contiguous(), bias[:outputs]))
+    assert packed.layout == ("panels" if compiled else "plain")
+    assert packed.weight.data_ptr() == held
+    assert_same(
+        packed(numbers(rows, 100, dtype=dtype)), linear.reference(numbers(rows, 100, dtype=dtype), weight, bias)
+    )
+
+
+def test_a_corner_of_rows_does_not_depend_on_the_rows_beside_it():
+    packed = linear.PackedLinear(numbers(200, 100), can_cut=True)
+    x = numbers(300, 77, seed=2)
+
+    if packed.layout == "panels":
+        assert torch.equal(packed.corner(x, 130)[250:251], packed.corner(x[250:251], 130))
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(49, 64), (48, 65), (300, 1)])
+def test_a_corner_larger_than_the_weight_is_refused(outputs, inputs):
+    packed = linear.PackedLinear(numbers(48, 64), can_cut=True)
+
+    with pytest.raises(ValueError, match="no corner of"):
+        packed.corner(numbers(2, inputs), outputs)
+
+
+def test_a_weight_in_onednns_layout_has_no_corners_but_the_whole(monkeypatch):
+    monkeypatch.setattr(linear, "best_layout", lambda weight: "onednn")
+    weight, x = numbers(48, 64), numbers(3, 64, seed=1)
+    packed = linear.PackedLinear(weight)
+
+    assert_same(packed.corner(x, 48), linear.reference(x, weight))
+    with pytest.raises(ValueError, match="in the layout onednn"):
+        packed.corner(x, 20)
+
+
 def test_a_packed_linear_takes_a_slice_of_wider_rows_and_no_rows(layout):
     weight, wide = numbers(48, 64), numbers(9, 100, seed=1)
     packed = linear.PackedLinear(weight)

@@ -28,6 +28,7 @@ def engine_request(claim: Claim, job: JobRequest, flight: Flight) -> dict[str, A
         # Ours, from the tenant, never a client's text: cached prefixes are shared within a tenant only.
         "cache_salt": claim.tenant,
         "priority": job.effective_priority,
+        "matformer_slice": body.matformer_slice,
         "resume": flight.resume(),
     }
 

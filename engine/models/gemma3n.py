@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from inferfleet.engine.batch import Batch
-from inferfleet.engine.cache import CacheSpec, LayerSpec
+from inferfleet.engine.cache_spec import CacheSpec, KeyValues
 from inferfleet.engine.config import Fields, text_section
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.layers.attention import AttentionShape
@@ -33,6 +33,7 @@ from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.models.gemma3n_layers import AltUp, Laurel, MediaTokens, SlicedMLP, rescaled
 from inferfleet.engine.place import Place
+from inferfleet.engine.sight import Sight
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 #: The hub's older keys for the base of the rotary frequencies, and what holds without them.
@@ -259,7 +260,7 @@ class Gemma3nForCausalLM(Decoder):
     def cache_spec(self) -> CacheSpec:
         shape = self.config.attention
         owners = (plan for plan in self.resident if plan.owns_kv)
-        return CacheSpec(tuple(LayerSpec(shape.num_kv_heads, shape.head_dim, plan.window) for plan in owners))
+        return CacheSpec(tuple(KeyValues(shape.num_kv_heads, shape.head_dim, Sight(plan.window)) for plan in owners))
 
     def skipped_tensors(self) -> Iterable[str]:
         """The hub's files hold keys and values of layers that share others', and may hold the tied head."""
