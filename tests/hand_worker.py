@@ -22,6 +22,7 @@ CARD = {
     "vocab_size": 1000,
     "max_token_bytes": 8,
     "family": "paper",
+    "matformer_slices": [],
     "state": "ready",
 }
 

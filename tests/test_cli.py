@@ -209,6 +209,7 @@ def test_keys_are_made_shown_once_listed_and_deleted(run):
         (("models", "--api-url", "http://127.0.0.1:9"), 3, ["http://127.0.0.1:9", "api_unreachable", "inferfleet up"]),
         (("models", "--api-key", "ifk_wrong"), 1, ["unknown or was deleted", "unauthorized", "keys create"]),
         (("chat", "say hi", "--temperature", "7"), 2, ["temperature"]),
+        (("chat", "say hi", "--model", "paper", "--matformer-slice", "small"), 1, ["'small'", "it has none"]),
         (("jobs", "list", "--metadata", "x"), 2, ["KEY=VALUE"]),
         (("worker", "--model", "nonsense"), 1, ["NAME=PATH", "settings_error"]),
     ],

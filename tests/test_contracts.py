@@ -367,6 +367,16 @@ def test_a_request_beyond_its_model_is_refused_with_the_limit(change, kind, para
     assert limit in caught.value.message
 
 
+def test_a_slice_is_checked_where_the_card_lists_them_and_only_there():
+    sliced = CARD | {"matformer_slices": ["small", "large"]}
+    check_card(parse_chat(body(matformer_slice="large")), sliced)
+    check_card(parse_chat(body(matformer_slice="large")), {"state": "unserved"})
+    for card, said in ((sliced, "its slices are 'small', 'large'"), (CARD | {"matformer_slices": []}, "it has none")):
+        with pytest.raises(InvalidRequest, match=said) as caught:
+            check_card(parse_chat(body(matformer_slice="tiny")), card)
+        assert caught.value.param == "matformer_slice"
+
+
 def test_a_request_within_its_model_passes_and_an_empty_card_refuses_nothing():
     fits = parse_chat(body(logit_bias={"99": 1}, stop_token_ids=[99], max_tokens=19))
     check_card(fits, CARD)

@@ -23,12 +23,14 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, above 0 up to 1.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
+    matformer_slice: Annotated[str | None, typer.Option(help="Which slice of a MatFormer answers.")] = None,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """Ask a model. The answer streams as it is written; Ctrl-C stops it and cancels the job."""
-    options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    options["matformer_slice"] = matformer_slice
     messages = [{"role": "system", "content": system}] if system else []
     prompt = _prompt(question)
     if prompt is None and json:

@@ -42,6 +42,7 @@ THETA = {SLIDING: ("rope_local_base_freq", 10_000.0), FULL: ("rope_theta", 1_000
 WHOLE = ""
 #: Tensors that hold a group of P rows or columns for every layer, and along which dimension.
 PER_LAYER = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+MLP_WEIGHT = re.compile(r"layers\.(?P<layer>\d{1,4})\.mlp\.(?P<which>gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -284,12 +285,13 @@ class Gemma3nForCausalLM(Decoder):
         """[T] ids and positions -> hidden states [T, H] before the final norm; meaningful at batch.logits_index."""
         variants = batch.variants
         if len(variants) == 1:
-            return self._forward_slice(batch, self.slices[variants[0]])
+            return self._forward_slice(input_ids, positions, batch, self.slices[variants[0]])
         hidden = torch.zeros(len(input_ids), self.config.attention.hidden, dtype=self.embed_tokens.weight.dtype,
                              device=input_ids.device)  # fmt: skip
         for variant in variants:
             tokens, part = batch.only(variant)
-            hidden[tokens] = self._forward_slice(part, self.slices[variant])
+            layers = self.slices[variant]
+            hidden[tokens] = self._forward_slice(input_ids[tokens], positions[tokens], part, layers)
         return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -302,12 +304,11 @@ class Gemma3nForCausalLM(Decoder):
         """ids [T] -> [T, H]."""
         return self.embed_tokens(input_ids)
 
-    def _forward_slice(self, batch: Batch, layers: Slice) -> Tensor:
+    def _forward_slice(self, input_ids: Tensor, positions: Tensor, batch: Batch, layers: Slice) -> Tensor:
         """`forward` of a batch whose rows all use one slice."""
-        ids = batch.input_ids
-        x = self.embed(ids)
-        ple = self.ple(ids.where(ids < self.config.ple_vocab_size, 0), x)
-        angles = {kind: rotary(batch.positions) for kind, rotary in self.rotary.items()}
+        x = self.embed(input_ids)
+        ple = self.ple(input_ids.where(input_ids < self.config.ple_vocab_size, 0), x)
+        angles = {kind: rotary(positions) for kind, rotary in self.rotary.items()}
         owning = [layer for layer in layers if self.config.layers[layer[0]].owns_kv]
         sharing = layers[len(owning) :]
         streams = self._run(owning, self._spread(x), ple, angles, batch)
@@ -353,17 +354,15 @@ class Gemma3nForCausalLM(Decoder):
     def _trimmed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors without what no slice uses. One of a wrong shape passes as it is, to be told."""
         plans, size = self.config.layers, self.config.ple_size
-        kept = torch.tensor([plan.index for plan in self.resident])
-        widths = {f"layers.{plan.index}.mlp.": (plan.intermediate, plans[plan.index].intermediate)
-                  for plan in self.resident}  # fmt: skip
+        kept = torch.tensor(list(self.places))
         for name, tensor in weights:
             part = name.removeprefix(self.prefix)
-            place, _, what = part.rpartition("mlp.")
-            if place and what and (place + "mlp.") in widths:
-                width, whole = widths[place + "mlp."]
-                dim = 1 if what.startswith("down_proj") else 0
-                tensor = tensor.narrow(dim, 0, width) if tensor.dim() == 2 and tensor.shape[dim] == whole else tensor
-            elif part in PER_LAYER and tensor.dim() == 2 and tensor.shape[PER_LAYER[part]] == len(plans) * size:
+            if found := MLP_WEIGHT.fullmatch(part):
+                dim = 1 if found["which"] == "down" else 0
+                index = int(found["layer"])
+                if index in self.places and _is_wide(tensor, dim, plans[index].intermediate):
+                    tensor = tensor.narrow(dim, 0, self.resident[self.places[index]].intermediate)
+            elif part in PER_LAYER and len(kept) < len(plans) and _is_wide(tensor, PER_LAYER[part], len(plans) * size):
                 dim = PER_LAYER[part]
                 tensor = tensor.unflatten(dim, (-1, size)).index_select(dim, kept).flatten(dim, dim + 1)
             yield name, tensor
@@ -371,6 +370,10 @@ class Gemma3nForCausalLM(Decoder):
     def _checkpoint_name(self, name: str) -> str:
         # The checkpoint keeps the parts of the per-layer embeddings beside the layers, not in a module of their own.
         return super()._checkpoint_name(name.removeprefix("ple."))
+
+
+def _is_wide(tensor: Tensor, dim: int, size: int) -> bool:
+    return tensor.dim() == 2 and tensor.shape[dim] == size
 
 
 def _offered(plans: tuple[LayerPlan, ...], table: SliceTable | None) -> dict[str, Slice]:
