@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inferfleet.engine.foreign import foreign_weights
+from inferfleet.engine.headers import StoredWeights
 from inferfleet.engine.model_errors import LoginNeeded, ModelUnavailable, TermsNotAccepted, UnsupportedModel
 from inferfleet.engine.progress import Progress
 
@@ -28,6 +29,8 @@ HUB_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+#: What says how large a model is.
+CONFIG_FILES = ["config.json", "generation_config.json"]
 LOGIN = "run `inferfleet login`, or set HF_TOKEN"
 
 
@@ -42,6 +45,38 @@ def download(repo: str, revision: str | None = None, progress: Progress | None =
     if not any(folder.glob("*.safetensors")):
         _refuse_without_weights(repo, folder.name)
     return folder
+
+
+def download_config(repo: str, revision: str | None = None) -> Path:
+    """The snapshot's folder with the configuration alone, unless more of it is there already. Raises a ModelError."""
+    from huggingface_hub import snapshot_download
+
+    with explained(repo, revision):
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=CONFIG_FILES, tqdm_class=_bar(Progress()))
+        )
+
+
+def stored_weights(repo: str, revision: str | None = None) -> StoredWeights:
+    """What the headers of a repository's safetensors say; a few kilobytes of each file are fetched.
+
+    Raises ModelUnavailable, or UnsupportedModel for a repository without safetensors.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    with explained(repo, revision):
+        try:
+            files = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
+        except NotASafetensorsRepoError:
+            _refuse_without_weights(repo, revision or "main")
+            raise UnsupportedModel(f"{repo} holds no safetensors") from None
+        except SafetensorsParsingError as error:
+            raise ModelUnavailable(f"{repo} holds a damaged safetensors file: {_first_line(error)}") from error
+    stored = StoredWeights()
+    for tensor in (tensor for file in files for tensor in file.tensors.values()):
+        stored.add(tensor.dtype, tensor.shape, tensor.data_offsets[1] - tensor.data_offsets[0])
+    return stored
 
 
 def _refuse_without_weights(repo: str, commit: str) -> None:

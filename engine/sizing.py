@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -105,6 +106,11 @@ def cache_budget(device: torch.device, wish: int = 0, group: Group = ALONE) -> i
 def gpu_cache_budget(free: int) -> int:
     """Of so many bytes that the weights left on a GPU, those for the cache."""
     return max(0, int(free * GPU_SHARE) - GPU_RESERVE_BYTES)
+
+
+def gpu_memory_for(cache: int) -> int:
+    """What the weights must leave on a GPU for a cache of so many bytes: the inverse of `gpu_cache_budget`."""
+    return math.ceil((cache + GPU_RESERVE_BYTES) / GPU_SHARE)
 
 
 def free_memory(device: torch.device, group: Group = ALONE) -> int:

@@ -31,6 +31,11 @@ def find_folder(path: str, revision: str | None = None, progress: Progress | Non
 
     A revision is a branch, tag or commit; only a commit stays the same for ever. Raises ModelUnavailable.
     """
+    return local_folder(path) or hub.download(path, revision, progress)
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder, or None for what can only be a hub id; ModelUnavailable for what is neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -38,7 +43,7 @@ def find_folder(path: str, revision: str | None = None, progress: Progress | Non
         raise ModelUnavailable(f"{path} is a file; a model is a folder with config.json and safetensors in it")
     if not _HUB_ID.fullmatch(path):
         raise ModelUnavailable(f"there is no folder {path}, and it is not a hub id of the form owner/name")
-    return hub.download(path, revision, progress)
+    return None
 
 
 def commit_of(folder: Path) -> str | None:

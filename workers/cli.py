@@ -9,20 +9,11 @@ import typer
 
 from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
-from inferfleet.workers import cli_jobs, cli_keys
+from inferfleet.workers import cli_jobs, cli_keys, cli_models
 from inferfleet.workers.cli_chat import chat
 from inferfleet.workers.cli_login import login
-from inferfleet.workers.cli_options import (
-    ApiKey,
-    ApiUrl,
-    DataDir,
-    Json,
-    Models,
-    api_client,
-    data_dir,
-    named_models,
-)
-from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print_error, print_json, print_table
+from inferfleet.workers.cli_options import DataDir, Json, Models, data_dir, named_models
+from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print_error
 
 #: The checkpoint that a checkout brings along.
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
@@ -57,6 +48,7 @@ app.command()(chat)
 app.command()(login)
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_models.app, name="models")
 
 
 @app.callback()
@@ -124,21 +116,6 @@ def worker(model: Models = None) -> None:
 
     settings = load_settings({"models": named_models(model)})
     raise typer.Exit(run_worker(settings))
-
-
-@app.command()
-def models(json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
-    """List the models that the fleet serves."""
-    with api_client(api_url, api_key) as client:
-        listed = client.request("GET", "/v1/models")
-    if json:
-        print_json(listed)
-        return
-    rows = [
-        (card["id"], card["status"], str(card.get("family", "-")), str(card.get("max_model_len") or "-"))
-        for card in listed["data"]
-    ]
-    print_table(("MODEL", "STATUS", "FAMILY", "CONTEXT"), rows)
 
 
 def _demo_model() -> Path:

@@ -39,6 +39,7 @@ HINTS = {
     "login_failed": "make an access token on the settings page of your account on the hub, and paste the whole of it",
     "not_logged_in": "log in with `inferfleet login`, or set HF_TOKEN",
     "hub_unreachable": "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; models in a local folder need no hub",
+    "plan_failed": "give a model's folder or a hub id; a gated model needs `inferfleet login` first",
     "settings_error": "see inferfleet.toml and the INFERFLEET_* environment variables",
 }
 
