@@ -128,7 +128,7 @@ def test_the_costs_of_a_model_are_those_of_its_groups():
 
 
 def test_a_cpu_gives_a_wish_more_of_its_memory_than_it_takes_unasked(monkeypatch):
-    monkeypatch.setattr(sizing, "free_memory", lambda device: 10 << 30)
+    monkeypatch.setattr(sizing, "free_memory", lambda device, group=None: 10 << 30)
     cpu = torch.device("cpu")
     assert cache_budget(cpu) == 2 << 30
     assert cache_budget(cpu, wish=3 << 30) == 3 << 30
@@ -148,7 +148,7 @@ TOKEN = 6 * HEAD_DIM * 2 * 4
 
 def test_an_impossible_context_is_refused_with_what_it_needs_and_what_there_is(tmp_path, monkeypatch):
     # Given memory for half of the context of the model,
-    monkeypatch.setattr(sizing, "free_memory", lambda device: CONTEXT // 2 * TOKEN)
+    monkeypatch.setattr(sizing, "free_memory", lambda device, group=None: CONTEXT // 2 * TOKEN)
     # when the whole is asked for, then the refusal names need, cost, room and the longest that fits.
     with pytest.raises(LoadError) as caught:
         tiny_engine(tmp_path, kv_cache_tokens=None, max_model_len=CONTEXT)
@@ -164,7 +164,7 @@ def test_an_impossible_context_is_refused_with_what_it_needs_and_what_there_is(t
 
 
 def test_a_model_whose_own_context_does_not_fit_is_served_with_the_longest_that_does(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sizing, "free_memory", lambda device: CONTEXT // 2 * TOKEN)
+    monkeypatch.setattr(sizing, "free_memory", lambda device, group=None: CONTEXT // 2 * TOKEN)
     engine = tiny_engine(tmp_path, kv_cache_tokens=None)
     served = engine.admission.max_model_len
     assert 0 < served < CONTEXT // 2
