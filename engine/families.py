@@ -40,6 +40,16 @@ FAMILIES = {
     "Qwen3ForCausalLM": ("qwen3", "inferfleet.engine.models.qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
     "Qwen3NextForCausalLM": ("qwen3_next", "inferfleet.engine.models.qwen3_next", "Qwen3NextForCausalLM"),
+    "Qwen3VLForConditionalGeneration": (
+        "qwen3_vl",
+        "inferfleet.engine.models.qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "qwen3_vl",
+        "inferfleet.engine.models.qwen3_vl",
+        "Qwen3VLMoeForConditionalGeneration",
+    ),
 }
 
 #: Families whose class takes `slices`: MatFormers, trained to be cut.

@@ -157,6 +157,18 @@ PUBLISHED = {
         79.7,
         {None: 24 * 1024},
     ),
+    "Qwen3-VL 8B": (
+        "Qwen3VLForConditionalGeneration",
+        QWEN | sizes(4096, 12_288, 36, 32, 8),
+        8.19,
+        {None: 144 * 1024},
+    ),
+    "Qwen3-VL 30B-A3B": (
+        "Qwen3VLMoeForConditionalGeneration",
+        QWEN | sizes(2048, 6144, 48, 32, 4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
+        30.5,
+        {None: 96 * 1024},
+    ),
 }
 
 
@@ -220,6 +232,12 @@ TENSORS = {
         "layers.0.post_feedforward_layernorm_1.weight": [2816],
         "layers.0.pre_feedforward_layernorm_2.weight": [2816],
     },
+    "Qwen3-VL 30B-A3B": {
+        "layers.0.mlp.gate.weight": [128, 2048],
+        "layers.0.mlp.experts.gate_up_proj": [128, 2048, 2 * 768],
+        "layers.0.mlp.experts.down_proj": [128, 768, 2048],
+        "layers.47.self_attn.k_norm.weight": [128],
+    },
 }
 
 
@@ -229,7 +247,8 @@ def test_published_tensor_names_and_shapes_have_their_places(name):
     found = all_slots(slots).named(slots._checkpoint_name)
     places = {**found.tensors, **{stack: slot for stack, (slot, _) in found.stacks.items()}}
     wanted = {f"model.language_model.{tensor}": shape for tensor, shape in TENSORS[name].items()}
-    assert {tensor: list(places[tensor].shape) for tensor in wanted} == wanted
+    for tensor, shape in wanted.items():
+        assert tuple(shape) in (places[tensor].shape, *places[tensor].others), tensor
 
 
 def test_layers_that_share_or_derive_have_no_place_for_what_they_do_not_own():

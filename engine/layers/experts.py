@@ -16,8 +16,12 @@ from inferfleet.kernels.moe import PackedExperts
 class Experts(Weighted):
     """E gated MLPs of width `intermediate`; a token's result is the weighted sum over its chosen ones.
 
-    In a split model each rank has a part of every expert's width.
+    In a split model each rank has a part of every expert's width. Stacks come as [E, outputs, inputs] or, in Qwen3-VL's
+    published files, as [E, inputs, outputs]: their shapes tell.
     """
+
+    #: What checkpoints call the three matrices of one expert: gate, up, down.
+    parts = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(
         self,
@@ -34,28 +38,53 @@ class Experts(Weighted):
         self._width = width = place.group.width(intermediate, "moe_intermediate_size")
         self._gate_up = Storage(num_experts, width.then(width), hidden, place=place)
         self._down = Storage(num_experts, hidden, width, place=place)
+        #: Whether the stacks of this checkpoint are [E, inputs, outputs].
+        self._turned = False
+        #: A stack of square matrices: its shape tells nothing, so it waits for the other one, which is never square.
+        self._square: tuple[Slot, Tensor] | None = None
         self._product: PackedExperts | None = None
 
     def slots(self, name: str) -> Slots:
         """Both layouts: `experts.N.gate_proj.weight` and the like, or `experts.gate_up_proj` and `.down_proj`."""
         count, hidden, width = self._down.shape
         rows, columns = (self._width, hidden), (hidden, self._width)
-        gate_up: dict[str, Slot] = {}
-        down: dict[str, Slot] = {}
+        gate, up, down = self.parts
+        gate_up_slots: dict[str, Slot] = {}
+        down_slots: dict[str, Slot] = {}
         for i in range(count):
-            gate_up[f"{name}.{i}.gate_proj.weight"] = self._gate_up.slot(i, slice(width), dims=rows)
-            gate_up[f"{name}.{i}.up_proj.weight"] = self._gate_up.slot(i, slice(width, None), dims=rows)
-            down[f"{name}.{i}.down_proj.weight"] = self._down.slot(i, dims=columns)
+            gate_up_slots[f"{name}.{i}.{gate}.weight"] = self._gate_up.slot(i, slice(width), dims=rows)
+            gate_up_slots[f"{name}.{i}.{up}.weight"] = self._gate_up.slot(i, slice(width, None), dims=rows)
+            down_slots[f"{name}.{i}.{down}.weight"] = self._down.slot(i, dims=columns)
         stacks = {
-            f"{name}.gate_up_proj": (self._gate_up.slot(), tuple(gate_up)),
-            f"{name}.down_proj": (self._down.slot(), tuple(down)),
+            f"{name}.gate_up_proj": (self._stack(self._gate_up), tuple(gate_up_slots)),
+            f"{name}.down_proj": (self._stack(self._down), tuple(down_slots)),
         }
-        return Slots(gate_up | down, stacks)
+        return Slots(gate_up_slots | down_slots, stacks)
 
     def finalize(self) -> None:
+        self._place_square()
         self._product = PackedExperts(self._gate_up.take(), self._down.take(), self.activation)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """x [T, H], topk_ids and topk_weights [T, K] -> [T, H]."""
         assert self._product is not None, "finalize comes before the first product"
         return self._group.sum(self._product(x, topk_ids, topk_weights))
+
+    def _stack(self, storage: Storage) -> Slot:
+        plain = storage.slot()
+        count, outputs, inputs = plain.shape
+        return Slot(lambda stack: self._put(plain, stack), plain.shape, ((count, inputs, outputs),))
+
+    def _put(self, plain: Slot, stack: Tensor) -> None:
+        if plain.shape[1] == plain.shape[2]:
+            self._square = plain, stack
+            return
+        self._turned = tuple(stack.shape) != plain.shape
+        plain.put(stack.transpose(1, 2) if self._turned else stack)
+
+    def _place_square(self) -> None:
+        """Both stacks cannot be square (2 * width = hidden = width), so by now the other one has told."""
+        if self._square is not None:
+            plain, stack = self._square
+            plain.put(stack.transpose(1, 2) if self._turned else stack)
+            self._square = None

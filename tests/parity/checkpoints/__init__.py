@@ -1,6 +1,6 @@
 """Tiny random checkpoints in the hub's layout, one file a family, and the reference that judges them."""
 
-from parity.checkpoints import deepseek, gemma3n, gemma4, llama4, qwen3, qwen3_next
+from parity.checkpoints import deepseek, gemma3n, gemma4, llama4, qwen3, qwen3_next, qwen3_vl
 
 ARCHITECTURES = {
     **deepseek.ARCHITECTURES,
@@ -9,4 +9,5 @@ ARCHITECTURES = {
     **llama4.ARCHITECTURES,
     **qwen3.ARCHITECTURES,
     **qwen3_next.ARCHITECTURES,
+    **qwen3_vl.ARCHITECTURES,
 }
