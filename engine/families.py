@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inferfleet.engine.batch import Batch
+from inferfleet.engine.border import Border
 from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.errors import LoadError
@@ -78,6 +79,10 @@ class Model(Computes, Protocol):
     @property
     def cache_spec(self) -> CacheSpec:
         """What its layers keep between steps."""
+
+    @property
+    def border(self) -> Border | None:
+        """Beyond which length another variant of the model computes a whole sequence; None for most models."""
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fills the weights and packs each layer that is complete; raises WeightsMismatch with every difference."""

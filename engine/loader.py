@@ -171,7 +171,12 @@ def build_engine(
     held = min(held, blocks.max_request_tokens)
     if held < longest:
         _cut_or_refuse(loaded, spec, _context_bytes(loaded, spec, block_size, longest) + state_bytes, longest, held)
-    scheduler = Scheduler(blocks, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        border=loaded.model.border,
+    )
     ends = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
     admission = Admission(loaded.config.vocab_size, held, ends, loaded.slices)
     layout = CacheLayout(

@@ -4,6 +4,9 @@ A step first continues those who write (one token each), then the prompts in chu
 a budget of tokens. When blocks run out, the last in order (lowest priority, then latest) gives up its blocks and
 is computed again later; it keeps its tokens. Whoever is last itself waits for those before it.
 
+A model may have a border: a request whose tokens grow beyond it starts again in the model's other variant, from its
+first token, as nothing computed so far holds there. It crosses only once, because tokens never become fewer.
+
 Why there is no livelock: the first in order can take the blocks of all others, alone it always fits (`add` refuses
 what does not), so every plan computes at least one token or `plan` raises.
 """
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inferfleet.engine.blocks import BlockManager
+from inferfleet.engine.border import Border
 from inferfleet.engine.errors import ContextLengthExceeded, SchedulerStuck
 from inferfleet.engine.request import Request, Status
 
@@ -36,12 +40,20 @@ class Plan:
 class Scheduler:
     """Requests that wait, run and end; `running` and `waiting` are kept in order, first first."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        border: Border | None = None,
+    ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.border = border
         self.max_chunk = blocks.max_chunk(max_num_batched_tokens)
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -72,6 +84,8 @@ class Scheduler:
                     f" holds at most {self.blocks.max_request_tokens} for one request",
                     param="max_tokens",
                 )
+        for request in requests:
+            self._cross(request)
         first, *others = requests
         insort(self.waiting, first, key=_key)
         if others:
@@ -115,6 +129,8 @@ class Scheduler:
                 reason = request.end_by_tokens()
                 if reason is not None:
                     self.finish(request, reason)
+                elif self._cross(request):
+                    self._take_back(request)
 
     def finish(self, request: Request, reason: str) -> None:
         """End one answer, wherever it is; its blocks are free at once."""
@@ -158,12 +174,25 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._budget += self._chosen.pop(request, 0)
         self._preempted = True
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._take_back(request)
+
+    def _take_back(self, request: Request) -> None:
+        """From running to waiting: it will be computed again from its first token, or from what is cached of it."""
         self.running.remove(request)
         self.blocks.close(request)
         request.status = Status.WAITING
-        request.num_preemptions += 1
-        self.num_preemptions += 1
         insort(self.waiting, request, key=_key)
+
+    def _cross(self, request: Request) -> bool:
+        """Put the request on its side of the border; True if it was on the other."""
+        variant = self.border.variant(request.num_tokens) if self.border else request.variant
+        if variant == request.variant:
+            return False
+        request.variant = variant
+        request.block_hashes.clear()  # the names of its prefixes in the other variant
+        return True
 
     def _release(self, request_id: str) -> None:
         """The first answer of an id has its prompt in the cache, or has ended: the others may run."""

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from inferfleet.engine.blocks import BlockManager, GroupSize
+from inferfleet.engine.border import Border
 from inferfleet.engine.prefix import PrefixHasher
 from inferfleet.engine.request import Request, Status
 from inferfleet.engine.sampling_params import SamplingParams
@@ -59,11 +60,13 @@ def names_of(request: Request) -> list[int]:
     return names
 
 
-def cold_tokens(request: Request, bounds: list[int | Sight | None]) -> list[int]:
-    """What the request would write without cache, schedule or neighbours."""
+def cold_tokens(request: Request, bounds: list[int | Sight | None], border: Border | None = None) -> list[int]:
+    """What the request would write without cache, schedule or neighbours, each token over the whole text so far."""
     same = {"cache_salt": request.cache_salt, "variant": request.variant}
     probe = make_request("cold", list(request.prompt_token_ids), **same)
     for _ in range(request.max_tokens):
+        if border is not None:
+            probe.variant = border.variant(probe.num_tokens)
         probe.append(next_token(names_of(probe), [sight(bound) for bound in bounds]))
     return probe.output_token_ids
 
@@ -80,13 +83,17 @@ class PaperEngine:
     blocks: BlockManager
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 16
+    border: Border | None = None
     steps: int = 0
     batches: list[Plan] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens
+            self.blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            border=self.border,
         )
         self.cells: list[dict[int, int]] = [{} for _ in self.blocks.pools]
         self.most_blocks = [0] * len(self.blocks.pools)

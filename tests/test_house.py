@@ -95,6 +95,7 @@ def test_tasks_and_workers_never_import_torch(room):
     "name",
     [
         "scheduler",
+        "border",
         "blocks",
         "block_pool",
         "snapshots",

@@ -30,6 +30,7 @@ CONTEXT = 256
 class TinyModel:
     """Three attention layers, one windowed, and a fourth that reads the first's keys and values."""
 
+    border = None
     cache_spec = CacheSpec((KeyValues(2, HEAD_DIM), KeyValues(1, HEAD_DIM, Sight(window=11)), KeyValues(4, HEAD_DIM)))
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from inferfleet.engine.border import Border
 from inferfleet.engine.layers.slots import Weighted, all_slots, fill
 
 
@@ -16,6 +17,11 @@ class Decoder(nn.Module):
     prefix = "model."
     #: Whether the model's layers take shares, so that several ranks can hold it together.
     can_split = False
+
+    @property
+    def border(self) -> Border | None:
+        """Beyond which length another variant computes a sequence; None for most models."""
+        return None
 
     def skipped_tensors(self) -> Iterable[str]:
         """Regular expressions (whole names) of tensors that a checkpoint may hold and this model has no use for."""

@@ -50,6 +50,8 @@ class Direct:
     def request(self, slot: int, ids: Sequence[int]) -> Request:
         request = Request(str(slot), list(ids), SamplingParams())
         request.slot = slot
+        if self.model.border is not None:
+            request.variant = self.model.border.variant(len(ids))
         return request
 
     def step(self, rows: Sequence[tuple[Request, int]], samples: list[bool] | None = None) -> list[Tensor]:
