@@ -38,6 +38,8 @@ FAMILIES = {
     "Gemma4ForConditionalGeneration": ("gemma4", "inferfleet.engine.models.gemma4", "Gemma4ForConditionalGeneration"),
     "Llama4ForCausalLM": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForCausalLM"),
     "Llama4ForConditionalGeneration": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForConditionalGeneration"),
+    "PhiMoEForCausalLM": ("phimoe", "inferfleet.engine.models.phimoe", "PhiMoEForCausalLM"),
+    "PhimoeForCausalLM": ("phimoe", "inferfleet.engine.models.phimoe", "PhiMoEForCausalLM"),  # as transformers saves
     "Qwen3ForCausalLM": ("qwen3", "inferfleet.engine.models.qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
     "Qwen3NextForCausalLM": ("qwen3_next", "inferfleet.engine.models.qwen3_next", "Qwen3NextForCausalLM"),

@@ -43,6 +43,8 @@ LLAMA4 = sizes(5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16_384
     "num_experts_per_tok": 1,
     "attention_chunk_size": 8192,
 }
+LONG_ROPE = {"short_factor": [1.0] * 64, "long_factor": [8.0] * 64, "short_mscale": 1.243, "long_mscale": 1.243}
+LONG_ROPE |= {"type": "longrope", "original_max_position_embeddings": 4096}
 LATENT = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -157,6 +159,14 @@ PUBLISHED = {
         79.7,
         {None: 24 * 1024},
     ),
+    "Phi-3.5-MoE": (
+        "PhiMoEForCausalLM",
+        sizes(4096, 6400, 32, 32, 8, num_local_experts=16, attention_bias=True, lm_head_bias=True)
+        | {"vocab_size": 32_064, "max_position_embeddings": 131_072, "sliding_window": 131_072}
+        | {"rope_scaling": LONG_ROPE, "rope_theta": 10_000.0},
+        41.87,
+        {None: 128 * 1024},
+    ),
     "Qwen3-VL 8B": (
         "Qwen3VLForConditionalGeneration",
         QWEN | sizes(4096, 12_288, 36, 32, 8),
@@ -232,6 +242,16 @@ TENSORS = {
         "layers.0.post_feedforward_layernorm_1.weight": [2816],
         "layers.0.pre_feedforward_layernorm_2.weight": [2816],
     },
+    "Phi-3.5-MoE": {
+        "layers.0.block_sparse_moe.gate.weight": [16, 4096],
+        "layers.31.block_sparse_moe.experts.15.w1.weight": [6400, 4096],
+        "layers.31.block_sparse_moe.experts.15.w3.weight": [6400, 4096],
+        "layers.31.block_sparse_moe.experts.15.w2.weight": [4096, 6400],
+        "layers.0.self_attn.k_proj.bias": [1024],
+        "layers.0.self_attn.o_proj.bias": [4096],
+        "layers.0.post_attention_layernorm.bias": [4096],
+        "norm.bias": [4096],
+    },
     "Qwen3-VL 30B-A3B": {
         "layers.0.mlp.gate.weight": [128, 2048],
         "layers.0.mlp.experts.gate_up_proj": [128, 2048, 2 * 768],
@@ -246,7 +266,7 @@ def test_published_tensor_names_and_shapes_have_their_places(name):
     slots = build(name)
     found = all_slots(slots).named(slots._checkpoint_name)
     places = {**found.tensors, **{stack: slot for stack, (slot, _) in found.stacks.items()}}
-    wanted = {f"model.language_model.{tensor}": shape for tensor, shape in TENSORS[name].items()}
+    wanted = {f"{slots.prefix}{tensor}": shape for tensor, shape in TENSORS[name].items()}
     for tensor, shape in wanted.items():
         assert tuple(shape) in (places[tensor].shape, *places[tensor].others), tensor
 

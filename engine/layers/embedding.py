@@ -44,26 +44,31 @@ class Embedding(Weighted):
 
 
 class Head(Weighted):
-    """Hidden states [N, H] -> float32 logits [N, V]; its weight is its own or the embedding's ("tied").
+    """Hidden states [N, H] -> float32 logits [N, V]; its weight is its own or the embedding's ("tied"), a bias its own.
 
     On CPU a tied weight exists twice, as rows to look up and packed for the product: that buys a head several
     times faster for one embedding's memory.
     """
 
-    def __init__(self, num_tokens: int, size: int, *, tied: Embedding | None, place: Place) -> None:
+    def __init__(self, num_tokens: int, size: int, *, tied: Embedding | None, bias: bool = False, place: Place) -> None:
         super().__init__()
         self.is_tied = tied is not None
         self._tied = tied
         self._num_tokens, self._group = num_tokens, place.group
-        self._weight = Storage(place.group.width(num_tokens, "vocab_size"), size, place=place)
+        rows = place.group.width(num_tokens, "vocab_size")
+        self._weight = Storage(rows, size, place=place)
+        self._bias = Storage(rows, place=place) if bias else None
         self._product: PackedLinear | None = None
 
     def slots(self, name: str) -> Slots:
-        return Slots() if self.is_tied else Slots({f"{name}.weight": self._weight.slot()})
+        found = {} if self.is_tied else {f"{name}.weight": self._weight.slot()}
+        if self._bias is not None:
+            found[f"{name}.bias"] = self._bias.slot()
+        return Slots(found)
 
     def finalize(self) -> None:
         weight = self._weight.take() if self._tied is None else self._tied.weight
-        self._product = PackedLinear(weight, to_float=True)
+        self._product = PackedLinear(weight, None if self._bias is None else self._bias.take(), to_float=True)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._product is not None, "finalize comes before the first product"

@@ -65,15 +65,21 @@ class Reference:
 
 
 def write(
-    name: str, seed: int, folder: Path, *, layout: str = "hub", dtype: torch.dtype = torch.float32, shards: int = 1
+    name: str | Architecture,
+    seed: int,
+    folder: Path,
+    *,
+    layout: str = "hub",
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
 ) -> Reference:
-    """Writes a random checkpoint of architecture `name` to `folder` and returns its judge.
+    """Writes a random checkpoint of an architecture, by its name or itself, to `folder` and returns its judge.
 
     Seed i takes shape i modulo the number of shapes. layout "saved": as transformers 5 writes it; "hub": as the model's
     authors publish it (older config keys, tensors the model does not use); "stacked": experts of a layer as one tensor.
     """
     logging.disable_progress_bar()
-    architecture = ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name] if isinstance(name, str) else name
     shape = architecture.shapes[seed % len(architecture.shapes)]
     model = architecture.build(shape)
     model.config._attn_implementation = "eager"
