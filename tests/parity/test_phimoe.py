@@ -135,7 +135,7 @@ def test_greedy_text_across_the_border_is_the_references_step_by_step(cache, see
     for ids, written in zip([*tokens, tokens[2]], [*together, alone], strict=True):
         assert len(written) == 64
         assert_stepwise(judge, ids, written)
-    if "few" in cache:
+    if "few" in cache and seed == 0:  # the other model has a window, and needs no more blocks than that
         assert engine.engine.stats()["preemptions"] > 0
 
 
