@@ -45,6 +45,7 @@ def cold(prompt: list[int], count: int) -> list[int]:
 class Carrying:
     """A state of two parts in layer 0, attention over the token ids in layer 1."""
 
+    border = None
     cache_spec = CacheSpec((Recurrent((StatePart((1,), torch.int64), StatePart((3,)))), KeyValues(1, 1)))
 
     def __init__(self) -> None:
