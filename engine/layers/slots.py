@@ -77,8 +77,7 @@ class Storage:
     """Weights of a layer between loading and packing: allocated when the first part comes, given away by `take`."""
 
     def __init__(self, *dims: Dim, place: Place) -> None:
-        self.shape, self._place = tuple(map(held, dims)), place
-        self._dims = dims
+        self.dims, self.shape, self._place = dims, tuple(map(held, dims)), place
         self._tensor: Tensor | None = None
 
     @property
@@ -95,7 +94,7 @@ class Storage:
         its shares of them.
         """
         part_shape = tuple(torch.empty(self.shape, device="meta")[index].shape)
-        dims = dims or (part_shape if index else self._dims)
+        dims = dims or (part_shape if index else self.dims)
         return Slot(lambda part: self.tensor[index].copy_(cut(part, dims)), tuple(map(whole, dims)))
 
     def take(self) -> Tensor:

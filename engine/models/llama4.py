@@ -31,6 +31,7 @@ from inferfleet.engine.layers.slots import Slot, Slots, Storage
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import cut, whole
 from inferfleet.engine.sight import Sight
 from inferfleet.kernels.rms_norm import rms_norm
 from inferfleet.kernels.rotary import apply_rotary_pairs
@@ -89,8 +90,9 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.has_rope, self.eps = plan.index, plan.has_rope, shape.eps
         self.is_normed = normed and plan.has_rope
-        self.head_dim, self.num_heads, self.num_kv_heads = shape.head_dim, shape.num_heads, shape.num_kv_heads
-        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        heads, kv_heads = place.group.heads(shape.num_heads, shape.num_kv_heads)
+        self.head_dim, self.num_heads, self.num_kv_heads = shape.head_dim, heads.size, kv_heads.size
+        q_size, kv_size = heads.times(shape.head_dim), kv_heads.times(shape.head_dim)
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = Linear(shape.hidden, parts, bias=shape.bias, place=place)
         self.output = Linear(q_size, {"o_proj": shape.hidden}, bias=shape.bias, place=place)
@@ -119,8 +121,10 @@ class TransposedExperts(Experts):
 
 
 def _transposed(storage: Storage) -> Slot:
-    count, outputs, inputs = storage.shape
-    return Slot(lambda tensor: storage.tensor.copy_(tensor.transpose(1, 2)), (count, inputs, outputs))
+    count, outputs, inputs = map(whole, storage.dims)
+    return Slot(
+        lambda tensor: storage.tensor.copy_(cut(tensor.transpose(1, 2), storage.dims)), (count, inputs, outputs)
+    )
 
 
 class SparseMLP(nn.Module):
@@ -173,6 +177,8 @@ class Block(nn.Module):
 class Llama4ForCausalLM(Decoder):
     """The text model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
@@ -180,6 +186,7 @@ class Llama4ForCausalLM(Decoder):
         default_head_dim = text.integer("hidden_size") // text.integer("num_attention_heads")
         shape = AttentionShape.read(text, default_head_dim=default_head_dim)
         self.shape = shape = replace(shape, eps=text.number("rms_norm_eps", 1e-5))
+        self.num_kv_heads = place.group.kv_heads(shape.num_kv_heads)
         self.plans = layer_plans(text)
         self.sharpening = Sharpening.read(text)
         vocab = text.integer("vocab_size")
@@ -194,8 +201,8 @@ class Llama4ForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        shape = self.shape
-        return CacheSpec(tuple(KeyValues(shape.num_kv_heads, shape.head_dim, plan.sight) for plan in self.plans))
+        kv_heads, d = self.num_kv_heads, self.shape.head_dim
+        return CacheSpec(tuple(KeyValues(kv_heads, d, plan.sight) for plan in self.plans))
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()

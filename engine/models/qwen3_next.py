@@ -14,7 +14,7 @@ hk, hv key and value heads of a DeltaNet, dk, dv their widths, C = 2 hk dk + hv 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from inferfleet.engine.layers.vector import Vector
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import Dim, cut, held, whole
 from inferfleet.kernels.causal_conv import causal_conv
 from inferfleet.kernels.gated_delta import gated_delta
 
@@ -71,6 +72,10 @@ class DeltaShape:
             eps=text.number("rms_norm_eps", 1e-6),
         )
 
+    def held(self, key_heads: int) -> DeltaShape:
+        """Of a rank that has so many of the key heads, and the value heads that belong to them."""
+        return replace(self, key_heads=key_heads, value_heads=self.value_heads // self.key_heads * key_heads)
+
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Numbers that one token's q, k and v have: the channels of the convolution, in its order."""
@@ -87,28 +92,37 @@ class DeltaShape:
 class Taps(Weighted):
     """The weight of a depthwise convolution, [channels, 1, K] in a checkpoint, as [K, C]."""
 
-    def __init__(self, taps: int, channels: int, *, place: Place) -> None:
+    def __init__(self, taps: int, channels: Dim, *, place: Place) -> None:
         super().__init__()
-        self.weight = place.empty(taps, channels)
+        self._channels = channels
+        self.weight = place.empty(taps, held(channels))
 
     def slots(self, name: str) -> Slots:
-        return Slots({f"{name}.weight": Slot.into(self.weight.t().unsqueeze(1))})
+        dims = (self._channels, 1, self.weight.shape[0])
+        put = self.weight.t().unsqueeze(1).copy_
+        return Slots({f"{name}.weight": Slot(lambda tensor: put(cut(tensor, dims)), tuple(map(whole, dims)))})
 
 
 class DeltaNet(nn.Module):
-    """x [T, H] -> [T, H] through the gated delta rule; what a row carries lies in two parts of its state."""
+    """x [T, H] -> [T, H] through the gated delta rule; what a row carries lies in two parts of its state.
+
+    In a split model each rank has some of the key heads, with their value heads; `shape` is its own.
+    """
 
     def __init__(self, shape: DeltaShape, index: int, *, place: Place) -> None:
         """index: this layer's place in the model's CacheSpec."""
         super().__init__()
-        self.index, self.shape = index, shape
-        values = shape.sizes[2]
-        self.qkvz = Linear(shape.hidden, {"in_proj_qkvz": sum(shape.sizes) + values}, place=place)
-        self.ba = Linear(shape.hidden, {"in_proj_ba": 2 * shape.value_heads}, place=place)
-        self.conv1d = Taps(shape.taps, sum(shape.sizes), place=place)
+        heads = place.group.share(shape.key_heads, "linear_num_key_heads")
+        self.index, self.shape = index, shape.held(heads.size)
+        each = shape.value_heads // shape.key_heads
+        keys, values = heads.times(shape.key_dim), heads.times(each * shape.value_dim)
+        rows = heads.times(2 * shape.key_dim + 2 * each * shape.value_dim)
+        self.qkvz = Linear(shape.hidden, {"in_proj_qkvz": rows}, place=place)
+        self.ba = Linear(shape.hidden, {"in_proj_ba": heads.times(2 * each)}, place=place)
+        self.conv1d = Taps(shape.taps, keys.then(keys).then(values), place=place)
         exact = Place(torch.float32, place.device)  # the decay of long memories: exp of exp of these
-        self.A_log = Vector(shape.value_heads, place=exact)
-        self.dt_bias = Vector(shape.value_heads, place=exact)
+        self.A_log = Vector(heads.times(each), place=exact)
+        self.dt_bias = Vector(heads.times(each), place=exact)
         self.norm = RMSNorm(shape.value_dim, shape.eps, "llama", place=place)
         self.output = Linear(values, {"out_proj": shape.hidden}, place=place)
 
@@ -149,16 +163,17 @@ class GatedAttention(nn.Module):
     def __init__(self, shape: AttentionShape, index: int, *, place: Place) -> None:
         """index: this layer's place in the model's CacheSpec."""
         super().__init__()
-        self.index, self.shape = index, shape
-        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        parts = {"q_proj": 2 * q_size, "k_proj": kv_size, "v_proj": kv_size}
+        heads, kv_heads = place.group.heads(shape.num_heads, shape.num_kv_heads)
+        self.index, self.num_heads, self.num_kv_heads, self.head_dim = index, heads.size, kv_heads.size, shape.head_dim
+        q_size, kv_size = heads.times(shape.head_dim), kv_heads.times(shape.head_dim)
+        parts = {"q_proj": heads.times(2 * shape.head_dim), "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = Linear(shape.hidden, parts, bias=shape.bias, place=place)
         self.output = Linear(q_size, {"o_proj": shape.hidden}, bias=shape.bias, place=place)
         self.q_norm = RMSNorm(shape.head_dim, shape.eps, "zero_centered", place=place)
         self.k_norm = RMSNorm(shape.head_dim, shape.eps, "zero_centered", place=place)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        tokens, heads, kv, d = x.shape[0], self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
+        tokens, heads, kv, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         q_gate, k, v = self.qkv(x).split(self.qkv.sizes, dim=1)
         q, gate = q_gate.view(tokens, heads, 2 * d).chunk(2, dim=2)
         q = self.q_norm.then_rotary(q, cos, sin)
@@ -232,12 +247,16 @@ class Block(nn.Module):
 class Qwen3NextForCausalLM(Decoder):
     """The whole hybrid model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
         text.refuse("hidden_act", "silu")
         self.kinds = layer_kinds(text)
-        self.attention, self.delta = AttentionShape.read(text, default_head_dim=256), DeltaShape.read(text)
+        self.attention, delta = AttentionShape.read(text, default_head_dim=256), DeltaShape.read(text)
+        self.delta = delta.held(place.group.share(delta.key_heads, "linear_num_key_heads").size)
+        self.num_kv_heads = place.group.kv_heads(self.attention.num_kv_heads)
         vocab, hidden = text.integer("vocab_size"), text.integer("hidden_size")
         self.embed_tokens = Embedding(vocab, hidden, place=place)
         self.layers = nn.ModuleList(Block(text, kind, index, place=place) for index, kind in enumerate(self.kinds))
@@ -248,7 +267,7 @@ class Qwen3NextForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        attended = KeyValues(self.attention.num_kv_heads, self.attention.head_dim)
+        attended = KeyValues(self.num_kv_heads, self.attention.head_dim)
         return CacheSpec(tuple(attended if kind == FULL else self.delta.state for kind in self.kinds))
 
     def skipped_tensors(self) -> Iterable[str]:
