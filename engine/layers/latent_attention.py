@@ -27,6 +27,7 @@ from inferfleet.engine.layers.rotary import rope_fields
 from inferfleet.engine.layers.slots import Slots, Storage, Weighted
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import Share
 from inferfleet.kernels.head_linear import PackedHeads
 from inferfleet.kernels.rotary import apply_rotary, apply_rotary_pairs
 
@@ -90,10 +91,10 @@ def score_factor(rope: Fields) -> float:
 class HeadMaps(Weighted):
     """kv_b_proj [h * (nope + value), R], kept as a map into the latent's space for each head and one out of it."""
 
-    def __init__(self, shape: LatentShape, *, place: Place) -> None:
+    def __init__(self, shape: LatentShape, heads: Share, *, place: Place) -> None:
         super().__init__()
-        self.shape = shape
-        self._weight = Storage(shape.num_heads * (shape.nope + shape.value), shape.rank, place=place)
+        self.shape, self._num_heads = shape, heads.size
+        self._weight = Storage(heads.times(shape.nope + shape.value), shape.rank, place=place)
         self._into: PackedHeads | None = None
         self._out_of: PackedHeads | None = None
 
@@ -102,7 +103,7 @@ class HeadMaps(Weighted):
 
     def finalize(self) -> None:
         shape = self.shape
-        of_heads = self._weight.take().view(shape.num_heads, shape.nope + shape.value, shape.rank)
+        of_heads = self._weight.take().view(self._num_heads, shape.nope + shape.value, shape.rank)
         keys, values = of_heads.split([shape.nope, shape.value], dim=1)
         self._into, self._out_of = PackedHeads(keys.transpose(1, 2).contiguous()), PackedHeads(values.contiguous())
 
@@ -118,30 +119,33 @@ class HeadMaps(Weighted):
 
 
 class LatentAttention(nn.Module):
-    """x [T, H] -> [T, H]: compression, norms, rotary, attention over the row's latents, output projection."""
+    """x [T, H] -> [T, H]: compression, norms, rotary, attention over the row's latents, output projection.
+
+    In a split model each rank has some of the heads, and all have every latent.
+    """
 
     def __init__(self, shape: LatentShape, index: int, *, place: Place) -> None:
         """index: this layer's place in the model's CacheSpec."""
         super().__init__()
-        self.index, self.shape = index, shape
-        latent, heads = shape.rank + shape.rope, shape.num_heads * (shape.nope + shape.rope)
+        heads = place.group.share(shape.num_heads, "num_attention_heads")
+        self.index, self.shape, self.num_heads = index, shape, heads.size
+        latent, queries = shape.rank + shape.rope, heads.times(shape.nope + shape.rope)
         if shape.query_rank is None:
-            self.query = Linear(shape.hidden, {"q_proj": heads}, place=place)
+            self.query = Linear(shape.hidden, {"q_proj": queries}, place=place)
             self.compress = Linear(shape.hidden, {"kv_a_proj_with_mqa": latent}, bias=shape.bias, place=place)
         else:
             parts = {"q_a_proj": shape.query_rank, "kv_a_proj_with_mqa": latent}
             self.compress = Linear(shape.hidden, parts, bias=shape.bias, place=place)
             self.q_a_layernorm = RMSNorm(shape.query_rank, LORA_EPS, "llama", place=place)
-            self.query = Linear(shape.query_rank, {"q_b_proj": heads}, place=place)
+            self.query = Linear(shape.query_rank, {"q_b_proj": queries}, place=place)
         self.kv_a_layernorm = RMSNorm(shape.rank, LORA_EPS, "llama", place=place)
-        self.kv_b_proj = HeadMaps(shape, place=place)
-        values = shape.num_heads * shape.value
-        self.output = Linear(values, {"o_proj": shape.hidden}, bias=shape.bias, place=place)
+        self.kv_b_proj = HeadMaps(shape, heads, place=place)
+        self.output = Linear(heads.times(shape.value), {"o_proj": shape.hidden}, bias=shape.bias, place=place)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         shape, tokens = self.shape, x.shape[0]
         q, compressed = self._project(x)
-        q_nope, q_pe = q.view(tokens, shape.num_heads, -1).split([shape.nope, shape.rope], dim=2)
+        q_nope, q_pe = q.view(tokens, self.num_heads, -1).split([shape.nope, shape.rope], dim=2)
         c, k_pe = compressed.split([shape.rank, shape.rope], dim=1)
         turn = apply_rotary_pairs if shape.pairs else apply_rotary
         latent = torch.cat((self.kv_a_layernorm(c), turn(k_pe.unsqueeze(1), cos, sin).squeeze(1)), dim=1)

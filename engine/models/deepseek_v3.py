@@ -124,6 +124,8 @@ def is_sparse(text: Fields, index: int) -> bool:
 class DeepseekV3ForCausalLM(Decoder):
     """The whole model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
