@@ -84,10 +84,10 @@ def test_jobs_of_a_split_engine_outlive_its_follower(folder, redis_url, tmp_path
     # Given a worker whose model lies in two processes, and jobs that it writes at,
     fleet = Fleet(redis_url, tmp_path)
     calm = {"lease_seconds": 60, "heartbeat_seconds": 1, "stall_seconds": 600}
-    sampled = {"temperature": 1.0, "max_tokens": 150, "ignore_eos": True}
+    sampled = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
     try:
         worker = fleet.start_worker(models={"tiny": {"path": str(folder), "threads": 2, **SPLIT}}, real=True, **calm)
-        jobs = [fleet.submit(f"question {n}", model="tiny", body={"seed": n, **sampled}) for n in range(6)]
+        jobs = [fleet.submit(f"question {n}", model="tiny", body={"seed": n, **sampled}) for n in range(4)]
         fleet.wait_for_words(jobs[0], 2)
         engine = worker.engines()[0]
         follower = follower_of(engine)
