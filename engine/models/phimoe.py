@@ -79,8 +79,9 @@ class Attention(nn.Module):
         """index: this layer's place in the model's CacheSpec."""
         super().__init__()
         self.index, self.head_dim = index, shape.head_dim
-        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
-        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        heads, kv_heads = place.group.heads(shape.num_heads, shape.num_kv_heads)
+        self.num_heads, self.num_kv_heads = heads.size, kv_heads.size
+        q_size, kv_size = heads.times(shape.head_dim), kv_heads.times(shape.head_dim)
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = Linear(shape.hidden, parts, bias=shape.bias, place=place)
         self.output = Linear(q_size, {"o_proj": shape.hidden}, bias=shape.bias, place=place)
@@ -120,6 +121,8 @@ class Block(nn.Module):
 class PhiMoEForCausalLM(Decoder):
     """The whole model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()
         text = text_section(config)
@@ -127,6 +130,7 @@ class PhiMoEForCausalLM(Decoder):
         default_head_dim = text.integer("hidden_size") // text.integer("num_attention_heads")
         shape = AttentionShape.read(text, default_head_dim=default_head_dim)
         self.shape = shape = replace(shape, eps=text.number("rms_norm_eps", 1e-5))  # a LayerNorm's, under an old name
+        self.num_kv_heads = place.group.kv_heads(shape.num_kv_heads)
         self.window = _window(text)
         vocab, count = text.integer("vocab_size"), text.integer("num_hidden_layers")
         self.embed_tokens = Embedding(vocab, shape.hidden, place=place)
@@ -142,9 +146,8 @@ class PhiMoEForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec(
-            (KeyValues(self.shape.num_kv_heads, self.shape.head_dim, Sight(window=self.window)),) * len(self.layers)
-        )
+        layer = KeyValues(self.num_kv_heads, self.shape.head_dim, Sight(window=self.window))
+        return CacheSpec((layer,) * len(self.layers))
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()
