@@ -22,6 +22,7 @@ from inferfleet.engine.errors import EngineError
 from inferfleet.engine.families import LoadedModel, load_model
 from inferfleet.engine.json_log import start_logging
 from inferfleet.engine.layout import CacheLayout
+from inferfleet.engine.matformer import read_table
 from inferfleet.engine.ranks import Ranks
 from inferfleet.engine.sizing import free_memory
 from inferfleet.engine.wire import Closed, Message, Wire, watch
@@ -52,7 +53,9 @@ def follow(wire: Wire) -> None:
 
 def _load(wire: Wire, order: Message, group: Ranks) -> LoadedModel:
     try:
-        return load_model(order["path"], group=group, **order["settings"])
+        table = order["matformer"]
+        slices = None if table is None else read_table(*table)
+        return load_model(order["path"], group=group, slices=slices, **order["settings"])
     except Exception as error:
         param = error.param if isinstance(error, EngineError) else None
         wire.tell("failed", message=str(error) or type(error).__name__, param=param)

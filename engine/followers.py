@@ -78,9 +78,20 @@ class Followers:
         """Readable, while no step runs, only where a follower is gone."""
         return [wire.connection for wire in self._wires]
 
-    def load(self, path: str, settings: Mapping[str, Any], threads: int) -> None:
-        """Have every follower begin to load its share of a folder; `wait_for_load` says how it went."""
-        order = {"path": path, "settings": dict(settings), "threads": threads, "seconds": self._seconds}
+    def load(
+        self, path: str, settings: Mapping[str, Any], matformer: tuple[str, str | None] | None, threads: int
+    ) -> None:
+        """Have every follower begin to load its share of a folder; `wait_for_load` says how it went.
+
+        matformer: file and default of the table of slices, where there is one.
+        """
+        order = {
+            "path": path,
+            "settings": dict(settings),
+            "matformer": matformer,
+            "threads": threads,
+            "seconds": self._seconds,
+        }
         for rank, wire in enumerate(self._wires, start=1):
             self._tell(wire, "load", rank=rank, size=self.group.size, **order)
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.share import Share
 
+#: Numbers that lie together in a comb, at most.
+TOOTH = 16
+
 
 class Group:
     """Rank `rank` of `size`; this class itself is a model that is whole."""
@@ -43,6 +46,14 @@ class Group:
         if width < self.size:
             raise _unfit(self.size, f"{field} is {width}", [*range(1, width + 1)])
         return Share(width, (stretch(width, self.rank, self.size),))
+
+    def comb(self, width: int, field: str) -> Share:
+        """Teeth all over a width of which a caller may use only the beginning: every rank has a part of any."""
+        if self.size == 1 or width < self.size:
+            return self.width(width, field)
+        tooth = max(1, min(TOOTH, width // (TOOTH * self.size)))
+        teeth = range(self.rank * tooth, width, self.size * tooth)
+        return Share(width, tuple((begin, min(begin + tooth, width)) for begin in teeth))
 
     def heads(self, num_heads: int, num_kv_heads: int) -> tuple[Share, Share]:
         """Query heads, and the key/value heads that those read: whole groups of them, or one that ranks share."""

@@ -118,7 +118,9 @@ def load_engine(spec: EngineSpec, progress: Progress | None = None) -> Loaded:
     spec = replace(spec, path=str(find_folder(spec.path, spec.revision, progress)), revision=None)
     followers = Followers(spec.tensor_parallel_size)
     try:
-        followers.load(spec.path, spec.model_settings, threads.for_work())
+        table = spec.matformer_config_path
+        matformer = None if table is None else (table, spec.matformer_slice_name)
+        followers.load(spec.path, spec.model_settings, matformer, threads.for_work())
         return _load(spec, progress, followers)
     except BaseException:
         followers.close()

@@ -30,6 +30,10 @@ class Share:
         """Whether other ranks hold what is missing here."""
         return self.size < self.whole
 
+    def below(self, width: int) -> int:
+        """How many of the first `width` numbers of the dimension are here."""
+        return sum(max(0, min(end, width) - begin) for begin, end in self.stretches)
+
     def times(self, width: int) -> Share:
         """The same share where each unit (a head) is `width` numbers."""
         return Share(self.whole * width, tuple((begin * width, end * width) for begin, end in self.stretches))

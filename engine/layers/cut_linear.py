@@ -6,13 +6,14 @@ from torch import Tensor
 
 from inferfleet.engine.layers.linear import Linear
 from inferfleet.engine.place import Place
+from inferfleet.engine.share import Dim
 from inferfleet.kernels.linear import PackedLinear
 
 
 class CutLinear(Linear):
     """y = x @ W[:outputs, :inputs].T without a second copy of any weight."""
 
-    def __init__(self, in_features: int, name: str, out_features: int, *, is_cut: bool, place: Place) -> None:
+    def __init__(self, in_features: Dim, name: str, out_features: Dim, *, is_cut: bool, place: Place) -> None:
         """is_cut: whether anybody will ask for less than the whole; the layouts that allow it may be slower."""
         super().__init__(in_features, {name: out_features}, place=place)
         self.is_cut = is_cut
@@ -21,6 +22,7 @@ class CutLinear(Linear):
         self._product = PackedLinear(self._weight.take(), can_cut=self.is_cut)
 
     def corner(self, x: Tensor, outputs: int) -> Tensor:
-        """x [T, inputs] with inputs <= in_features -> [T, outputs]."""
+        """x [T, inputs] with inputs <= in_features -> [T, outputs]: as many of both as this rank has of the corner."""
         assert self._product is not None, "finalize comes before the first product"
-        return self._product.corner(x, outputs)
+        y = self._product.corner(x, outputs) if x.shape[1] and outputs else x.new_zeros(len(x), outputs)
+        return y if self._group is None else self._group.sum(y)

@@ -220,10 +220,13 @@ class Block(nn.Module):
 class Gemma3nForCausalLM(Decoder):
     """The whole text model; its protocol is families.Model."""
 
+    can_split = True
+
     def __init__(self, config: Mapping[str, Any], *, place: Place, slices: SliceTable | None = None) -> None:
         """slices: what jobs may ask for beside the whole model; LoadError where the model cannot be cut like that."""
         super().__init__()
         self.config = c = Gemma3nConfig.read(text_section(config))
+        self.num_kv_heads = place.group.kv_heads(c.attention.num_kv_heads)
         #: By the name that a request's `variant` gives.
         self.slices = _offered(c.layers, slices)
         self.resident = _resident(c.layers, self.slices)
@@ -259,9 +262,9 @@ class Gemma3nForCausalLM(Decoder):
 
     @property
     def cache_spec(self) -> CacheSpec:
-        shape = self.config.attention
+        kv_heads, d = self.num_kv_heads, self.config.attention.head_dim
         owners = (plan for plan in self.resident if plan.owns_kv)
-        return CacheSpec(tuple(KeyValues(shape.num_kv_heads, shape.head_dim, Sight(plan.window)) for plan in owners))
+        return CacheSpec(tuple(KeyValues(kv_heads, d, Sight(plan.window)) for plan in owners))
 
     def skipped_tensors(self) -> Iterable[str]:
         """The hub's files hold keys and values of layers that share others', and may hold the tied head."""

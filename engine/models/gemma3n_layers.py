@@ -10,6 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
+from inferfleet.engine.group import Group
 from inferfleet.engine.layers.cut_linear import CutLinear
 from inferfleet.engine.layers.embedding import Embedding
 from inferfleet.engine.layers.linear import Linear
@@ -65,30 +66,43 @@ class Laurel(nn.Module):
 
 
 class SlicedMLP(nn.Module):
-    """A gated MLP whose first w inner numbers are an MLP too; a sparse one lets only the gate's high outliers pass."""
+    """A gated MLP whose first w inner numbers are an MLP too; a sparse one lets only the gate's high outliers pass.
+
+    In a split model each rank has a comb of the inner numbers, so that all work at every width.
+    """
 
     def __init__(self, hidden: int, intermediate: int, sparsity: float, *, is_cut: bool, place: Place) -> None:
         """sparsity: the share of a Gaussian gate that becomes zero; 0 = none. is_cut: smaller widths will be used."""
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self._group = hidden, place.group
+        self._inner = inner = place.group.comb(intermediate, "intermediate_size")
         #: How many standard deviations above its mean a gate has to be.
         self.threshold = NormalDist().inv_cdf(sparsity) if sparsity else None
         # Apart, not one under another: the first rows of both must be usable without the rest.
-        self.gate = CutLinear(hidden, "gate_proj", intermediate, is_cut=is_cut, place=place)
-        self.up = CutLinear(hidden, "up_proj", intermediate, is_cut=is_cut, place=place)
-        self.down = CutLinear(intermediate, "down_proj", hidden, is_cut=is_cut, place=place)
+        self.gate = CutLinear(hidden, "gate_proj", inner, is_cut=is_cut, place=place)
+        self.up = CutLinear(hidden, "up_proj", inner, is_cut=is_cut, place=place)
+        self.down = CutLinear(inner, "down_proj", hidden, is_cut=is_cut, place=place)
 
     def forward(self, x: Tensor, width: int) -> Tensor:
         """x [T, H] -> [T, H] through the first `width` of the I inner numbers."""
-        gate = self.gate.corner(x, width)
+        own = self._inner.below(width)
+        gate = self.gate.corner(x, own)
         if self.threshold is not None:
-            gate = sparsified(gate, self.threshold)
-        inner = gated_activation(torch.cat((gate, self.up.corner(x, width)), dim=1), "gelu_tanh")
+            gate = sparsified(gate, self.threshold, width, self._group)
+        inner = gated_activation(torch.cat((gate, self.up.corner(x, own)), dim=1), "gelu_tanh")
         return self.down.corner(inner, self.hidden)
 
 
-def sparsified(gate: Tensor, threshold: float) -> Tensor:
-    """gate [T, I] less its row's mean + threshold standard deviations (of the population), and nothing below zero."""
+def sparsified(gate: Tensor, threshold: float, width: int, group: Group) -> Tensor:
+    """gate [T, I] less its row's mean + threshold standard deviations (of the population), and nothing below zero.
+
+    The row is `width` numbers in all, of which gate has this rank's.
+    """
+    if group.size > 1:
+        exact = gate.float()
+        mean = group.sum(exact.sum(dim=1, keepdim=True)) / width
+        variance = group.sum((exact - mean).square().sum(dim=1, keepdim=True)) / width
+        return torch.relu(exact - mean - variance.sqrt() * threshold).to(gate.dtype)
     cutoff = gate.mean(dim=1, keepdim=True) + gate.std(dim=1, keepdim=True, correction=0) * threshold
     return torch.relu(gate - cutoff)
 
