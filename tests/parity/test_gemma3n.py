@@ -272,6 +272,21 @@ def test_a_batch_of_many_slices_writes_what_each_writes_alone_and_prefixes_never
         assert cold.outputs[0].token_ids == again.outputs[0].token_ids == text
 
 
+@pytest.mark.slow
+def test_two_processes_write_the_slices_that_one_writes(reference, tmp_path):
+    # Given an engine in two processes with slices of widths that both have a part of,
+    whole = reference("gemma3n", 0)
+    path = table(tmp_path, SLICES[0])
+    split, one = llm(whole, path, tensor_parallel_size=2), llm(whole, path)
+    prompt = {"prompt_token_ids": prompts(whole.vocab_size, 9, (45,))[0]}
+    names = [None, *(cut_.name for cut_ in SLICES[0])]
+    # when each slice is asked for in one batch, then the texts are those of one process.
+    ours, theirs = (engine.generate([prompt] * 5, GREEDY, matformer_slice=names) for engine in (split, one))
+    split.close()
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.outputs[0].token_ids[:16] == b.outputs[0].token_ids[:16], names[number]
+
+
 def test_the_configured_slice_answers_who_names_none(reference, tmp_path):
     # Given "short" as the default among four,
     whole = reference("gemma3n", 0)
