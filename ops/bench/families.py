@@ -4,7 +4,7 @@
     decode     B prompts of 128 tokens; tokens per second = B * 31 / (time for 32 tokens - time for 1)
 
 Weights are random, written in the hub's layout from the names that each family's own layers ask for. Every prompt is
-fresh, greedy and ignores the end token. Figures are the median of all passes, after one that warms up.
+fresh, greedy and ignores the end token. Figures are the median of all passes, after a short warm-up.
 """
 
 from __future__ import annotations
@@ -96,13 +96,12 @@ def measure_family(name: str, dtype: str, arguments: argparse.Namespace) -> dict
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(name, Path(folder))
         bench = Bench(Path(folder), dtype, arguments)
+    bench.decode(BATCHES[0])  # warms up
     samples: dict[str, list[float]] = {}
-    for number in range(arguments.passes + 1):
+    for _ in range(arguments.passes):
         for rows in BATCHES:
-            for verb, work in (("prefill", bench.prefill), ("decode", bench.decode)):
-                value = work(rows)
-                if number:  # the first pass warms up
-                    samples.setdefault(f"{verb}.b{rows}", []).append(value)
+            samples.setdefault(f"prefill.b{rows}", []).append(bench.prefill(rows))
+            samples.setdefault(f"decode.b{rows}", []).append(bench.decode(rows))
     figures = {work: round(statistics.median(values), 1) for work, values in samples.items()}
     return {"family": name, "dtype": dtype, "million parameters": round(parameters / 1e6, 1), **figures}
 

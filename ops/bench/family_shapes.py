@@ -181,7 +181,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi3.5-moe": {
         "architectures": ["PhiMoEForCausalLM"],
         **_sizes(12, 768, 1152, 12, 4, 64),
-        "num_local_experts": 8,
+        "num_local_experts": 6,
         "num_experts_per_tok": 2,
         "router_jitter_noise": 0.01,
         "input_jitter_noise": 0.0,
