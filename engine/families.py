@@ -23,6 +23,7 @@ from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
 from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
+from inferfleet.kernels.quantized import Kind
 
 #: config.json's architecture -> (family, module, class)
 FAMILIES = {
@@ -111,6 +112,8 @@ class LoadedModel:
     group: Group = ALONE
     #: What requests may ask for beside the whole model, if anything.
     slices: SliceTable | None = None
+    #: How weights are coded: "int8", "int4" or "fp8", or None.
+    quantization: str | None = None
 
 
 def find_family(architecture: str) -> tuple[str, type[Any]]:
@@ -128,6 +131,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: Kind | None = None,
     progress: Progress | None = None,
     group: Group = ALONE,
     slices: SliceTable | None = None,
@@ -138,6 +142,8 @@ def load_model(
     device: "auto" (CUDA where there is one), "cpu", "cuda:0".
     group: the ranks that hold the model together; each loads its share.
     slices: of a MatFormer; LoadError for any other model.
+    quantization: what linear layers and experts become while they are read; routers, norms, embeddings and the head
+    stay as they are.
     """
     clock, progress = _Clock(), progress or Progress()
     progress.begin("find")
@@ -148,13 +154,18 @@ def load_model(
         raise UnsupportedModel(
             f"{config.architecture} cannot be split over several ranks yet: leave tensor_parallel_size at 1"
         )
-    place = Place(config.dtype(dtype), _device(device, group), group)
+    place = Place(config.dtype(dtype), _device(device, group), group, quantization)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
     if slices is not None and family not in SLICED:
         raise LoadError(
             f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",
             param="matformer_config_path",
+        )
+    if slices is not None and quantization is not None:
+        raise LoadError(
+            f"quantization {quantization} and matformer_config_path are both set: slices are cut from plain weights",
+            param="quantization",
         )
     cut = {} if slices is None else {"slices": slices}
     model: Model = model_class(config.raw, place=place, **cut)
@@ -165,7 +176,17 @@ def load_model(
     model.finalize()
     clock.lap("pack")
     return LoadedModel(
-        model, config, family, folder, commit_of(folder), place.dtype, place.device, clock.laps, group, slices
+        model,
+        config,
+        family,
+        folder,
+        commit_of(folder),
+        place.dtype,
+        place.device,
+        clock.laps,
+        group=group,
+        slices=slices,
+        quantization=quantization,
     )
 
 

@@ -38,6 +38,7 @@ from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
 from inferfleet.engine.weights import find_folder
 from inferfleet.kernels import threads
+from inferfleet.kernels.quantized import KINDS, Kind
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class EngineSpec:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    #: "int8", "int4" or "fp8": weights of linear layers and experts are coded while they are read.
+    quantization: Kind | None = None
     #: Tokens of prompt and answer together; None = what the checkpoint allows, or the most that memory holds.
     max_model_len: int | None = None
     block_size: int = 16
@@ -80,11 +83,15 @@ class EngineSpec:
                 raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
         if self.matformer_slice_name is not None and self.matformer_config_path is None:
             raise LoadError("matformer_slice_name needs matformer_config_path", param="matformer_slice_name")
+        if self.quantization not in (None, *KINDS):
+            raise LoadError(
+                f"quantization must be one of {', '.join(KINDS)}, not {self.quantization!r}", param="quantization"
+            )
 
     @property
     def model_settings(self) -> dict[str, Any]:
         """What `load_model` wants to know, beside the folder: the same on every rank."""
-        return {"dtype": self.dtype, "device": self.device}
+        return {"dtype": self.dtype, "device": self.device, "quantization": self.quantization}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineSpec:
@@ -264,7 +271,7 @@ def _cut_or_refuse(loaded: LoadedModel, spec: EngineSpec, needed: int, longest: 
 
 def _identity(loaded: LoadedModel) -> str:
     """Names the weights and their number format: caches of two such models never meet."""
-    return f"{loaded.folder}@{loaded.commit}:{loaded.config.architecture}:{loaded.dtype}"
+    return f"{loaded.folder}@{loaded.commit}:{loaded.config.architecture}:{loaded.dtype}:{loaded.quantization}"
 
 
 def _card(loaded: LoadedModel, engine: Engine, kv_cache_tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -278,6 +285,7 @@ def _card(loaded: LoadedModel, engine: Engine, kv_cache_tokens: int, seconds: Ma
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "tensor_parallel_size": loaded.group.size,
+        "quantization": loaded.quantization,
         "kv_cache_tokens": kv_cache_tokens,
         "matformer_slices": [] if loaded.slices is None else list(loaded.slices.names),
         "matformer_slice": None if loaded.slices is None else loaded.slices.default,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from inferfleet.engine.group import ALONE, Group
+from inferfleet.kernels.quantized import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,13 @@ class Place:
     device: torch.device
     #: Who holds the rest of the model.
     group: Group = ALONE
+    #: What weights of products become as they are read; None = they stay as the checkpoint has them.
+    quantization: Kind | None = None
+
+    @property
+    def exact(self) -> Place:
+        """This place for what is never quantised here: a router's small errors would send tokens to other experts."""
+        return replace(self, quantization=None)
 
     def empty(self, *shape: int) -> Tensor:
         """Unfilled weights."""

@@ -43,6 +43,8 @@ class ModelSpec(BaseModel):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    #: Keep weights in fewer bits, coded while they are read; `inferfleet quantize` measures what that changes.
+    quantization: Literal["int8", "int4", "fp8"] | None = None
     #: Tokens of prompt and answer together; None = what the checkpoint allows.
     max_model_len: int | None = Field(default=None, ge=1, le=1 << 24)
     block_size: int = Field(default=16, ge=1, le=1024)

@@ -19,10 +19,18 @@ class CutLinear(Linear):
         self.is_cut = is_cut
 
     def finalize(self) -> None:
-        self._product = PackedLinear(self._weight.take(), can_cut=self.is_cut)
+        if self._weight.is_coded and not self.is_cut:
+            super().finalize()
+        else:
+            self._product = PackedLinear(self._weight.take(), can_cut=self.is_cut)
 
     def corner(self, x: Tensor, outputs: int) -> Tensor:
         """x [T, inputs] with inputs <= in_features -> [T, outputs]: as many of both as this rank has of the corner."""
         assert self._product is not None, "finalize comes before the first product"
-        y = self._product.corner(x, outputs) if x.shape[1] and outputs else x.new_zeros(len(x), outputs)
+        if not isinstance(self._product, PackedLinear):  # coded only where nobody asks for less than the whole
+            y = self._product(x)
+        elif x.shape[1] and outputs:
+            y = self._product.corner(x, outputs)
+        else:
+            y = x.new_zeros(len(x), outputs)
         return y if self._group is None else self._group.sum(y)

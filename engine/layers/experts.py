@@ -5,12 +5,20 @@ Which experts a token goes to is the router's business, and routers differ too m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 from torch import Tensor
 
-from inferfleet.engine.layers.slots import Slot, Slots, Storage, Weighted
+from inferfleet.engine.layers.matrix import MatrixStack, Part, product_of
+from inferfleet.engine.layers.slots import Slot, Slots, Weighted
 from inferfleet.engine.place import Place
 from inferfleet.kernels.gated_activation import Kind
 from inferfleet.kernels.moe import PackedExperts
+from inferfleet.kernels.quantized import Quantized
+from inferfleet.kernels.quantized_experts import FusedExperts, SingleExperts, can_fuse
+
+Mixture = PackedExperts | FusedExperts | SingleExperts
 
 
 class Experts(Weighted):
@@ -34,15 +42,17 @@ class Experts(Weighted):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self._group = place.group
+        self._group, self._dtype = place.group, place.dtype
         self._width = width = place.group.width(intermediate, "moe_intermediate_size")
-        self._gate_up = Storage(num_experts, width.then(width), hidden, place=place)
-        self._down = Storage(num_experts, hidden, width, place=place)
+        self._gate_up = MatrixStack(num_experts, width.then(width), hidden, place=place)
+        self._down = MatrixStack(num_experts, hidden, width, place=place)
         #: Whether the stacks of this checkpoint are [E, inputs, outputs].
         self._turned = False
         #: A stack of square matrices: its shape tells nothing, so it waits for the other one, which is never square.
         self._square: tuple[Slot, Tensor] | None = None
-        self._product: PackedExperts | None = None
+        self._product: Mixture | None = None
+        #: Called with the topk_ids [T, K] of every step, where somebody wants to know them.
+        self.recorder: Callable[[Tensor], None] | None = None
 
     def slots(self, name: str) -> Slots:
         """Both layouts: `experts.N.gate_proj.weight` and the like, or `experts.gate_up_proj` and `.down_proj`."""
@@ -63,17 +73,36 @@ class Experts(Weighted):
 
     def finalize(self) -> None:
         self._place_square()
-        self._product = PackedExperts(self._gate_up.take(), self._down.take(), self.activation)
+        if self._gate_up.is_coded or self._down.is_coded:
+            self._product = self._coded_mixture()
+        else:
+            self._product = PackedExperts(self._gate_up.take(), self._down.take(), self.activation)
+
+    def _coded_mixture(self) -> Mixture:
+        gate_up = [matrix.take_parts() for matrix in self._gate_up.matrices]
+        down = [matrix.take_parts() for matrix in self._down.matrices]
+        first, second = _single(gate_up), _single(down)
+        if first and second and all(can_fuse(w, w[0].codes.device, self._dtype) for w in (first, second)):
+            gate_up.clear()
+            down.clear()
+            return FusedExperts(first, second, self.activation, dtype=self._dtype)
+        pairs = [
+            (product_of(wide, None, self._dtype), product_of(narrow, None, self._dtype))
+            for wide, narrow in zip(gate_up, down, strict=True)
+        ]
+        return SingleExperts(pairs, self.activation)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """x [T, H], topk_ids and topk_weights [T, K] -> [T, H]."""
         assert self._product is not None, "finalize comes before the first product"
+        if self.recorder is not None:
+            self.recorder(topk_ids)
         return self._group.sum(self._product(x, topk_ids, topk_weights))
 
-    def _stack(self, storage: Storage) -> Slot:
-        plain = storage.slot()
+    def _stack(self, matrices: MatrixStack) -> Slot:
+        plain = matrices.whole_slot()
         count, outputs, inputs = plain.shape
-        return Slot(lambda stack: self._put(plain, stack), plain.shape, ((count, inputs, outputs),))
+        return replace(plain, put=lambda stack: self._put(plain, stack), others=((count, inputs, outputs),))
 
     def _put(self, plain: Slot, stack: Tensor) -> None:
         if plain.shape[1] == plain.shape[2]:
@@ -88,3 +117,9 @@ class Experts(Weighted):
             plain, stack = self._square
             plain.put(stack.transpose(1, 2) if self._turned else stack)
             self._square = None
+
+
+def _single(of_experts: Sequence[Sequence[Part]]) -> list[Quantized]:
+    """The weight of each expert, if each is one coded part; else none."""
+    found = [parts[0] for parts in of_experts if len(parts) == 1 and isinstance(parts[0], Quantized)]
+    return found if len(found) == len(of_experts) else []

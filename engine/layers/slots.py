@@ -19,19 +19,26 @@ from torch import Tensor, nn
 from inferfleet.engine.model_errors import WeightsMismatch
 from inferfleet.engine.place import Place
 from inferfleet.engine.share import Dim, cut, held, whole
+from inferfleet.kernels.quantized import Kind, Quantized
 
 Shape = tuple[int, ...]
+#: One weight of a checkpoint, as numbers or as codes.
+Weight = Tensor | Quantized
 
 
 @dataclass(frozen=True)
 class Slot:
     """What takes one tensor of a checkpoint."""
 
-    put: Callable[[Tensor], Any]
+    put: Callable[[Any], Any]
     #: As the checkpoint has it. A tensor of another shape is refused, unless that is one of `others`.
     shape: Shape
     others: tuple[Shape, ...] = ()
     layer: Weighted | None = None
+    #: Whether `put` takes coded weights too. Where it does not, they are decoded for it.
+    takes_codes: bool = False
+    #: What a plain weight is coded as when it is put.
+    quantization: Kind | None = None
 
     @classmethod
     def into(cls, view: Tensor) -> Slot:
@@ -43,8 +50,12 @@ class Slot:
         """For a tensor that only another rank of a split model needs."""
         return cls(lambda _: None, shape)
 
-    def takes(self, tensor: Tensor) -> bool:
-        return tuple(tensor.shape) in (self.shape, *self.others)
+    def takes(self, weight: Weight) -> bool:
+        return tuple(weight.shape) in (self.shape, *self.others)
+
+    def fill(self, weight: Weight) -> None:
+        """Puts a weight of a shape that it takes."""
+        self.put(weight if isinstance(weight, Tensor) or self.takes_codes else weight.dequantised())
 
 
 @dataclass
@@ -135,7 +146,7 @@ def all_slots(model: nn.Module) -> Slots:
     return found
 
 
-def fill(slots: Slots, weights: Iterable[tuple[str, Tensor]], skipped: Iterable[str] = ()) -> None:
+def fill(slots: Slots, weights: Iterable[tuple[str, Weight]], skipped: Iterable[str] = ()) -> None:
     """Gives every tensor to its slot and packs each layer that is complete.
 
     `skipped` are regular expressions for names that the model declares to have no use for. Raises one WeightsMismatch
@@ -156,7 +167,7 @@ def fill(slots: Slots, weights: Iterable[tuple[str, Tensor]], skipped: Iterable[
         if not slot.takes(tensor):
             misshapen.append(f"{name} is {list(tensor.shape)} and should be {list(slot.shape)}")
             continue
-        slot.put(tensor)
+        slot.fill(tensor)
         open_slots[slot.layer] -= len(parts)
         if slot.layer is not None and not open_slots[slot.layer]:
             slot.layer.pack()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from inferfleet.engine.border import Border
-from inferfleet.engine.layers.slots import Weighted, all_slots, fill
+from inferfleet.engine.layers.slots import Slots, Weight, Weighted, all_slots, fill
 
 
 class Decoder(nn.Module):
@@ -27,10 +27,13 @@ class Decoder(nn.Module):
         """Regular expressions (whole names) of tensors that a checkpoint may hold and this model has no use for."""
         yield r".*\.rotary_emb\.inv_freq"  # old uploads stored what the configuration says
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         """Fills every weight from (checkpoint name, tensor); raises WeightsMismatch with all differences."""
-        slots = all_slots(self).named(self._checkpoint_name)
-        fill(slots, weights, self.skipped_tensors())
+        fill(self.checkpoint_slots(), weights, self.skipped_tensors())
+
+    def checkpoint_slots(self) -> Slots:
+        """What takes each tensor of a checkpoint."""
+        return all_slots(self).named(self._checkpoint_name)
 
     def finalize(self) -> None:
         """Packs what loading could not: layers without tensors of their own, such as a tied head."""

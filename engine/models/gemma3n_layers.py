@@ -27,10 +27,10 @@ class AltUp(nn.Module):
     def __init__(self, hidden: int, num_streams: int, eps: float, *, has_scale: bool, place: Place) -> None:
         super().__init__()
         self.num_streams, self.router_scale = num_streams, 1.0 / hidden
-        self.router = Linear(hidden, {"modality_router": num_streams}, place=place)
+        self.router = Linear(hidden, {"modality_router": num_streams}, place=place.exact)
         self.router_norm = RMSNorm(hidden, eps, "gemma", place=place)
-        self.prediction = Linear(num_streams, {"prediction_coefs": num_streams**2}, place=place)
-        self.correction = Linear(num_streams, {"correction_coefs": num_streams}, place=place)
+        self.prediction = Linear(num_streams, {"prediction_coefs": num_streams**2}, place=place.exact)
+        self.correction = Linear(num_streams, {"correction_coefs": num_streams}, place=place.exact)
         self.correct_output_scale = Vector(hidden, place=place) if has_scale else None
 
     def predict(self, streams: Tensor) -> Tensor:

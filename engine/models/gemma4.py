@@ -204,7 +204,7 @@ class Router(nn.Module):
     def __init__(self, config: Gemma4Config, *, place: Place) -> None:
         super().__init__()
         self.eps, self.root, self.top_k = config.eps, config.hidden**-0.5, config.top_k
-        self.product = Linear(config.hidden, {"proj": config.num_experts}, place=place)
+        self.product = Linear(config.hidden, {"proj": config.num_experts}, place=place.exact)
         self.scale = Vector(config.hidden, place=place)
         self.per_expert_scale = Vector(config.num_experts, place=place)
 

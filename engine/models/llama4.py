@@ -27,11 +27,10 @@ from inferfleet.engine.layers.linear import Linear
 from inferfleet.engine.layers.mlp import GatedMLP
 from inferfleet.engine.layers.norm import RMSNorm
 from inferfleet.engine.layers.rotary import Rotary, rope_fields
-from inferfleet.engine.layers.slots import Slot, Slots, Storage
+from inferfleet.engine.layers.slots import Slot, Slots
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
-from inferfleet.engine.share import cut, whole
 from inferfleet.engine.sight import Sight
 from inferfleet.kernels.rms_norm import rms_norm
 from inferfleet.kernels.rotary import apply_rotary_pairs
@@ -117,14 +116,13 @@ class TransposedExperts(Experts):
     """Experts whose checkpoint holds what x is multiplied by: gate and up as [E, H, 2I], down as [E, I, H]."""
 
     def slots(self, name: str) -> Slots:
-        return Slots({f"{name}.gate_up_proj": _transposed(self._gate_up), f"{name}.down_proj": _transposed(self._down)})
+        stacks = {"gate_up_proj": self._gate_up, "down_proj": self._down}
+        return Slots({f"{name}.{part}": _transposed(stack.whole_slot()) for part, stack in stacks.items()})
 
 
-def _transposed(storage: Storage) -> Slot:
-    count, outputs, inputs = map(whole, storage.dims)
-    return Slot(
-        lambda tensor: storage.tensor.copy_(cut(tensor.transpose(1, 2), storage.dims)), (count, inputs, outputs)
-    )
+def _transposed(plain: Slot) -> Slot:
+    count, outputs, inputs = plain.shape
+    return replace(plain, put=lambda stack: plain.put(stack.transpose(1, 2)), shape=(count, inputs, outputs))
 
 
 class SparseMLP(nn.Module):
@@ -136,7 +134,7 @@ class SparseMLP(nn.Module):
         self.top_k = text.integer("num_experts_per_tok", 1)
         if self.top_k > count:
             raise BadModelConfig(f"{text.where}: num_experts_per_tok is {self.top_k}, more than the {count} experts")
-        self.choice = Linear(hidden, {"router": count}, place=place)
+        self.choice = Linear(hidden, {"router": count}, place=place.exact)
         self.experts = TransposedExperts(count, hidden, width, "silu", place=place)
         self.shared_expert = GatedMLP(hidden, width, "silu", place=place)
 

@@ -50,7 +50,7 @@ class SparseMixture(nn.Module):
         text.refuse("num_experts_per_tok", 2)  # SparseMixer makes two choices, whatever is asked for
         count = text.integer("num_local_experts", 16, least=2)
         self.jitter = text.number("router_jitter_noise", 0.01)
-        self.router = Linear(hidden, {"gate": count}, place=place)
+        self.router = Linear(hidden, {"gate": count}, place=place.exact)
         self.experts = NumberedExperts(count, hidden, text.integer("intermediate_size"), "silu", place=place)
 
     def forward(self, x: Tensor) -> Tensor:

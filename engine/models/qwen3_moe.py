@@ -39,7 +39,7 @@ class SparseMLP(nn.Module):
         if self.top_k > count:
             raise BadModelConfig(f"{text.where}: num_experts_per_tok is {self.top_k}, more than the {count} experts")
         self.renormalise = text.boolean("norm_topk_prob", False)
-        self.router = Linear(hidden, {"gate": count}, place=place)
+        self.router = Linear(hidden, {"gate": count}, place=place.exact)
         width = text.integer("moe_intermediate_size", 768)
         self.experts = Experts(count, hidden, width, "silu", place=place)
 

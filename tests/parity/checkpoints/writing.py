@@ -46,8 +46,12 @@ class Reference:
 
     def in_dtype(self, dtype: torch.dtype) -> Reference:
         """The same checkpoint as transformers loads it from the folder in another dtype."""
-        model = type(self.model).from_pretrained(self.folder, dtype=dtype, attn_implementation="eager")
-        return Reference(model.eval(), self.tolerance, self.vocab_size, self.folder)
+        return self.loaded_from(self.folder, dtype)
+
+    def loaded_from(self, folder: Path, dtype: torch.dtype = torch.float32) -> Reference:
+        """A checkpoint of the same architecture as transformers loads it."""
+        model = type(self.model).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        return Reference(model.eval(), self.tolerance, self.vocab_size, folder)
 
     def greedy(self, ids: list[int], count: int) -> tuple[list[int], list[float]]:
         """`count` greedy tokens after a prompt, and how far each was ahead of the second best."""
