@@ -148,8 +148,6 @@ def refuse_foreign(fields: Fields) -> None:
     # the family computes is what it says. Code for anything else has no counterpart here.
     if "auto_map" in fields and str(own_class).rpartition(".")[2] not in fields.list_of(str, "architectures", []):
         raise UnsupportedModel("config.json: auto_map asks to run code from the model's repository, which is refused")
-    if "quantization_config" in fields:
-        raise UnsupportedModel("config.json: quantization_config: this engine loads unquantised checkpoints only")
 
 
 def _architecture(fields: Fields) -> str:

@@ -18,10 +18,13 @@ from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.group import ALONE, Group
+from inferfleet.engine.layers.slots import Weight
 from inferfleet.engine.matformer import SliceTable
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
+from inferfleet.engine.quantized.scheme import read_scheme
+from inferfleet.engine.quantized.stream import weights_of
 from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
 from inferfleet.kernels.quantized import Kind
 
@@ -87,7 +90,7 @@ class Model(Computes, Protocol):
     def border(self) -> Border | None:
         """Beyond which length another variant of the model computes a whole sequence; None for most models."""
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         """Fills the weights and packs each layer that is complete; raises WeightsMismatch with every difference."""
 
     def finalize(self) -> None:
@@ -112,7 +115,7 @@ class LoadedModel:
     group: Group = ALONE
     #: What requests may ask for beside the whole model, if anything.
     slices: SliceTable | None = None
-    #: How weights are coded: "int8", "int4" or "fp8", or None.
+    #: How weights are coded: as was asked, or as the checkpoint has them, for example "gptq-int4"; None = they are not.
     quantization: str | None = None
 
 
@@ -150,6 +153,9 @@ def load_model(
     folder = find_folder(path, revision, progress)
     config = read_config(folder)
     family, model_class = find_family(config.architecture)
+    scheme = read_scheme(config.raw)
+    coded = quantization if scheme is None else scheme.name
+    _refuse_pairs(coded, quantization, slices)
     if group.size > 1 and not model_class.can_split:
         raise UnsupportedModel(
             f"{config.architecture} cannot be split over several ranks yet: leave tensor_parallel_size at 1"
@@ -162,16 +168,11 @@ def load_model(
             f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",
             param="matformer_config_path",
         )
-    if slices is not None and quantization is not None:
-        raise LoadError(
-            f"quantization {quantization} and matformer_config_path are both set: slices are cut from plain weights",
-            param="quantization",
-        )
     cut = {} if slices is None else {"slices": slices}
     model: Model = model_class(config.raw, place=place, **cut)
     clock.lap("build")
     progress.begin("read", checkpoint.num_bytes)
-    model.load(progress.counted(checkpoint.tensors()))
+    model.load(progress.counted(checkpoint.tensors() if scheme is None else weights_of(checkpoint, scheme)))
     clock.lap("read")
     model.finalize()
     clock.lap("pack")
@@ -186,8 +187,19 @@ def load_model(
         clock.laps,
         group=group,
         slices=slices,
-        quantization=quantization,
+        quantization=coded,
     )
+
+
+def _refuse_pairs(coded: str | None, quantization: Kind | None, slices: SliceTable | None) -> None:
+    """Raises for settings that do not go together."""
+    if quantization is not None and coded != quantization:
+        raise UnsupportedModel(f"quantization {quantization} was asked for, but the checkpoint is {coded} already")
+    if coded is not None and slices is not None:
+        raise LoadError(
+            f"quantization is {coded} and matformer_config_path is set: slices are cut from plain weights only",
+            param="quantization",
+        )
 
 
 def _device(name: str, group: Group) -> torch.device:

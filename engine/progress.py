@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-
-from torch import Tensor
+from typing import Any
 
 #: tell(phase, done, total): bytes, or zeros where a phase has no measure.
 Tell = Callable[[str, int, int], None]
@@ -42,8 +41,8 @@ class Progress:
             self._done, self._total = done, total
             self._say_in_time()
 
-    def counted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, their bytes counted as they are taken; none is held on to."""
+    def counted(self, weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """The same tensors (or whatever else has nbytes), their bytes counted as they are taken; none is held on to."""
         for name, tensor in weights:
             size = tensor.nbytes
             yield name, tensor

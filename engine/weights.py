@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -80,14 +82,47 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt", device="cpu") as file:
                     for name in file.keys():  # noqa: SIM118 (the handle is no mapping and cannot be iterated)
-                        yield name, _floating(name, file.get_tensor(name))
+                        yield name, plain(name, file.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise ModelUnavailable(f"{path} is not a readable safetensors file: {error}") from error
 
+    @contextmanager
+    def by_name(self) -> Iterator[TensorsByName]:
+        """All tensors, each read when it is asked for, whatever its file; the files stay open meanwhile."""
+        with ExitStack() as opened:
+            places: dict[str, Any] = {}
+            for path in self.files:
+                try:
+                    file = opened.enter_context(safe_open(path, framework="pt", device="cpu"))
+                    places |= dict.fromkeys(sorted(file.keys()), file)
+                except (SafetensorError, OSError) as error:
+                    raise ModelUnavailable(f"{path} is not a readable safetensors file: {error}") from error
+            yield TensorsByName(places)
 
-def _floating(name: str, tensor: Tensor) -> Tensor:
+
+class TensorsByName:
+    """Names of tensors in the order of their files, and what they name."""
+
+    def __init__(self, places: Mapping[str, Any]) -> None:
+        self._places = places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def read(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._places[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelUnavailable(f"tensor {name} cannot be read: {error}") from error
+        return tensor
+
+
+def plain(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it is made of ordinary numbers."""
     if tensor.dtype not in _FLOATS:
-        raise UnsupportedModel(f"tensor {name} is stored as {tensor.dtype}: quantised checkpoints are not loaded")
+        raise UnsupportedModel(
+            f"tensor {name} is stored as {tensor.dtype}, which no quantization_config in config.json explains"
+        )
     return tensor
 
 

@@ -64,7 +64,7 @@ class Quantized:
         return self.codes.shape[0], self.inputs
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Memory of all its tensors."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.zeros, self.order) if t is not None)
 

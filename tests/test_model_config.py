@@ -72,7 +72,6 @@ def test_a_yarn_factor_stretches_the_context(tmp_path):
     [
         ({"auto_map": {"AutoModel": "m.py"}}, UnsupportedModel, "auto_map"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.OtherForCausalLM"}}, UnsupportedModel, "auto_map"),
-        ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
         ({"architectures": ["MambaForCausalLM"]}, UnsupportedModel, "known are .*Gemma4ForCausalLM"),
         ({"architectures": []}, BadModelConfig, "architectures must hold one name"),
         ({"architectures": None}, BadModelConfig, "field architectures is missing"),

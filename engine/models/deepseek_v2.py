@@ -44,7 +44,7 @@ class SparseMLP(nn.Module):
         if self.top_k > count // self.groups * self.kept_groups:
             raise BadModelConfig(f"{text.where}: num_experts_per_tok is {self.top_k}, more than the groups left hold")
         # Scores in bfloat16 would tie, and what ties is chosen by chance.
-        self.router = Linear(hidden, {"gate": count}, place=replace(place, dtype=torch.float32))
+        self.router = Linear(hidden, {"gate": count}, place=replace(place.exact, dtype=torch.float32))
         self.experts = Experts(count, hidden, width, "silu", place=place)
         shared = text.integer("n_shared_experts")
         self.shared_experts = GatedMLP(hidden, width * shared, "silu", place=place)

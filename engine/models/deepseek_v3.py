@@ -47,7 +47,7 @@ class SparseMLP(nn.Module):
         self.renormalise = text.boolean("norm_topk_prob", True)
         self.groups, self.kept_groups = expert_groups(text, count, self.top_k)
         # Scores in bfloat16 would tie, and what ties is chosen by chance.
-        exact = replace(place, dtype=torch.float32)
+        exact = replace(place.exact, dtype=torch.float32)
         self.router = Linear(hidden, {"gate": count}, place=exact)
         self.gate = nn.ModuleDict({"e_score_correction_bias": Vector(count, place=exact)})  # its name's other half
         self.experts = Experts(count, hidden, width, "silu", place=place)

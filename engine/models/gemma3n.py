@@ -28,12 +28,14 @@ from inferfleet.engine.layers.linear import Linear
 from inferfleet.engine.layers.norm import RMSNorm
 from inferfleet.engine.layers.per_layer import PerLayerEmbeddings
 from inferfleet.engine.layers.rotary import Rotary
+from inferfleet.engine.layers.slots import Weight
 from inferfleet.engine.matformer import SliceRow, SliceTable
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.models.gemma3n_layers import AltUp, Laurel, MediaTokens, SlicedMLP, rescaled
 from inferfleet.engine.place import Place
 from inferfleet.engine.sight import Sight
+from inferfleet.kernels.quantized import Quantized
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 #: The hub's older keys for the base of the rotary frequencies, and what holds without them.
@@ -239,9 +241,11 @@ class Gemma3nForCausalLM(Decoder):
             shape.hidden, c.ple_size, len(self.resident), c.ple_vocab_size, shape.eps, place=place
         )
         streams = range(c.num_streams - 1)
-        self.altup_in = Linear(shape.hidden, {f"altup_projections.{i}": shape.hidden for i in streams}, place=place)
+        # Every layer meets what these make of a token, so they stay as exact as the embedding and the head.
+        exact, spread = place.exact, {f"altup_projections.{i}": shape.hidden for i in streams}
+        self.altup_in = Linear(shape.hidden, spread, place=exact)
         self.altup_unembed_projections = nn.ModuleList(
-            Linear(shape.hidden, {str(i): shape.hidden}, place=place) for i in streams
+            Linear(shape.hidden, {str(i): shape.hidden}, place=exact) for i in streams
         )
         self.layers = nn.ModuleDict(
             {
@@ -281,7 +285,7 @@ class Gemma3nForCausalLM(Decoder):
         if self.lm_head.is_tied:
             yield r"lm_head\.weight"
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         super().load(self._trimmed(weights))
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
@@ -354,11 +358,14 @@ class Gemma3nForCausalLM(Decoder):
         used = (width for layers in self.slices.values() for index, width in layers if index == plan.index)
         return any(width < plan.intermediate for width in used)
 
-    def _trimmed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _trimmed(self, weights: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, Weight]]:
         """The checkpoint's tensors without what no slice uses. One of a wrong shape passes as it is, to be told."""
         plans, size = self.config.layers, self.config.ple_size
         kept = torch.tensor(list(self.places))
         for name, tensor in weights:
+            if isinstance(tensor, Quantized):  # a checkpoint with these is loaded whole or not at all
+                yield name, tensor
+                continue
             part = name.removeprefix(self.prefix)
             if found := MLP_WEIGHT.fullmatch(part):
                 dim = 1 if found["which"] == "down" else 0

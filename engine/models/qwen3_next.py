@@ -118,7 +118,7 @@ class DeltaNet(nn.Module):
         keys, values = heads.times(shape.key_dim), heads.times(each * shape.value_dim)
         rows = heads.times(2 * shape.key_dim + 2 * each * shape.value_dim)
         self.qkvz = Linear(shape.hidden, {"in_proj_qkvz": rows}, place=place)
-        self.ba = Linear(shape.hidden, {"in_proj_ba": heads.times(2 * each)}, place=place)
+        self.ba = Linear(shape.hidden, {"in_proj_ba": heads.times(2 * each)}, place=place.exact)
         self.conv1d = Taps(shape.taps, keys.then(keys).then(values), place=place)
         exact = Place(torch.float32, place.device)  # the decay of long memories: exp of exp of these
         self.A_log = Vector(heads.times(each), place=exact)
@@ -192,7 +192,7 @@ class SparseMLP(nn.Module):
         if self.top_k > count:
             raise BadModelConfig(f"{text.where}: num_experts_per_tok is {self.top_k}, more than the {count} experts")
         self.renormalise = text.boolean("norm_topk_prob", True)
-        self.router = Linear(hidden, {"gate": count, "shared_expert_gate": 1}, place=place)
+        self.router = Linear(hidden, {"gate": count, "shared_expert_gate": 1}, place=place.exact)
         self.experts = Experts(count, hidden, text.integer("moe_intermediate_size", 512), "silu", place=place)
         width = text.integer("shared_expert_intermediate_size", 512)
         self.shared_expert = GatedMLP(hidden, width, "silu", place=place)
