@@ -24,6 +24,8 @@ from inferfleet.kernels.gated_activation import gated_activation
 from inferfleet.kernels.linear import PackedLinear
 from inferfleet.kernels.moe import PackedExperts
 from inferfleet.kernels.paged_attention import paged_attention, write_kv
+from inferfleet.kernels.quantized import KINDS, quantise
+from inferfleet.kernels.quantized_linear import QuantizedLinear
 from inferfleet.kernels.rms_norm import add_rms_norm
 from inferfleet.kernels.rotary import norm_rotary
 
@@ -67,6 +69,19 @@ def linears(target: Target) -> Iterator[Work]:
             x = target.randn(rows, inputs)
             flops = 2 * rows * outputs * inputs
             yield Work("linear", f"{rows}x{inputs} @ {inputs}x{outputs}", next_of(layers, x), num_bytes, flops)
+
+
+def quantised(target: Target) -> Iterator[Work]:
+    """The shapes of `linears` that decoding meets, over weights of fewer bits."""
+    for kind in KINDS:
+        for rows in (1, 8, 32, 128):
+            for outputs, inputs in ((4096, 1024), (1024, 3072)):
+                weight = quantise(target.randn(outputs, inputs), kind)
+                num_bytes = weight.nbytes + target.dtype.itemsize * rows * (outputs + inputs)
+                layers = cycle([QuantizedLinear(weight, dtype=target.dtype) for _ in target.copies(num_bytes)])
+                shape = f"{kind} {rows}x{inputs} @ {inputs}x{outputs}"
+                call = next_of(layers, target.randn(rows, inputs))
+                yield Work("quantised", shape, call, num_bytes, 2 * rows * outputs * inputs)
 
 
 def next_of(layers: Iterator[Callable[..., object]], *arguments: Any) -> Callable[[], object]:
@@ -153,7 +168,7 @@ def _call(function: Callable[..., object], *arguments: Any) -> Callable[[], obje
     return lambda: function(*arguments)
 
 
-OPS = {"linear": linears, "attention": attentions, "moe": experts, "elementwise": elementwise}
+OPS = {"linear": linears, "quantised": quantised, "attention": attentions, "moe": experts, "elementwise": elementwise}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
