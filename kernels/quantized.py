@@ -78,6 +78,29 @@ class Quantized:
         zeros = None if self.zeros is None else self.zeros[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros)
 
+    def columns(self, begin: int, end: int) -> Quantized | None:
+        """Some of the inputs, in memory of their own; None where codes or groups do not come apart there."""
+        is_all = (begin, end) == (0, self.inputs)
+        if not is_all and (self.order is not None or not self._can_part(begin) or not self._can_part(end)):
+            return None
+        per_byte = 2 if self.kind == "int4" else 1
+        group, groups = self.group, slice(begin // self.group, -(-end // self.group))
+        if self.scales.shape[1] == 1:
+            group, groups = end - begin, slice(None)
+        return replace(
+            self,
+            inputs=end - begin,
+            group=group,
+            codes=self.codes[:, begin // per_byte : -(-end // per_byte)].clone(),
+            scales=self.scales[:, groups].clone(),
+            zeros=None if self.zeros is None else self.zeros[:, groups].clone(),
+        )
+
+    def _can_part(self, index: int) -> bool:
+        """Whether the inputs before this one share neither a byte nor, where there are several, a group with it."""
+        unit = self.group if self.scales.shape[1] > 1 else 2 if self.kind == "int4" else 1
+        return index == self.inputs or index % unit == 0
+
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The plain weight [N, K], each number rounded once."""
         plain = torch.empty(self.shape, dtype=dtype, device=self.codes.device)

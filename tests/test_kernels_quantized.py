@@ -125,6 +125,23 @@ def test_a_spoiled_weight_shows_in_its_own_outputs_only(kind, layout):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_inputs_come_apart_between_groups_and_bytes_only(kind):
+    # Given a weight in groups of 32 and one with a scale a row,
+    generator = torch.Generator().manual_seed(3)
+    rows = quantise(torch.randn(6, 90, generator=generator), kind)
+    scales = torch.rand(6, 3, generator=generator)
+    groups = replace(rows, group=32, scales=scales, zeros=None)
+    single = replace(rows, group=90, scales=scales[:, :1], zeros=None)
+    # when inputs are taken between groups, or anywhere in a row that has one, then they mean what they meant,
+    for weight, begin, end in [(groups, 32, 64), (groups, 64, 90), (single, 10, 54), (single, 0, 90)]:
+        part = weight.columns(begin, end)
+        assert part is not None and torch.equal(part.dequantised(), weight.dequantised()[:, begin:end])
+    # and through a group, or a byte of two codes, there is nothing to be had.
+    assert groups.columns(0, 40) is None and groups.columns(16, 90) is None
+    assert (single.columns(0, 45) is None) == (kind == "int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_unlike_formats_are_not_joined(kind):
     part, ordered = random_codes(kind, 4, 32, 8), random_codes(kind, 4, 32, 8, order=True)
     other = random_codes(kind, 4, 32, 16)

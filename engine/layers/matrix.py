@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inferfleet.engine.layers.slots import Slot, Storage
 from inferfleet.engine.place import Place
-from inferfleet.engine.share import Dim, cut, held, is_split, whole
+from inferfleet.engine.share import Dim, Share, cut, held, is_split, whole
 from inferfleet.kernels.linear import PackedLinear
 from inferfleet.kernels.quantized import Quantized, joined, quantise
 from inferfleet.kernels.quantized_linear import QuantizedLinear
@@ -55,14 +55,13 @@ class Matrix:
         its shares of them.
         """
         begin, end, _ = (rows or slice(None)).indices(self.shape[0])
-        sizes = tuple(dims) or (self.dims if rows is None else (end - begin, self.dims[1]))
+        sizes = dims or (self.dims if rows is None else (end - begin, self.dims[1]))
 
-        def put(part: Tensor | Quantized) -> None:
-            self.put(begin, cut(part, sizes) if isinstance(part, Tensor) else part)
+        def put(part: Part) -> None:
+            self.put(begin, cut(part, sizes) if isinstance(part, Tensor) else _share_of(part, *sizes))
 
-        takes_codes = not any(map(is_split, sizes))
         shape = tuple(map(whole, sizes))
-        return Slot(put, shape, takes_codes=takes_codes, quantization=self._place.quantization)
+        return Slot(put, shape, takes_codes=True, quantization=self._place.quantization)
 
     def put(self, begin: int, part: Tensor | Quantized) -> None:
         """Takes the rows from `begin` on; a plain part is coded if this model is to be quantised."""
@@ -178,6 +177,24 @@ def product_of(parts: Sequence[Part], bias: Tensor | None, dtype: torch.dtype) -
 
 def _product(weight: Part, bias: Tensor | None, dtype: torch.dtype) -> Product:
     return PackedLinear(weight, bias) if isinstance(weight, Tensor) else QuantizedLinear(weight, bias, dtype=dtype)
+
+
+def _share_of(part: Quantized, outputs: Dim, inputs: Dim) -> Part:
+    """What is held here of a weight that came coded: its codes, or numbers where they do not come apart."""
+    if not is_split(outputs) and not is_split(inputs):
+        return part
+    rows, columns = _stretches(outputs), _stretches(inputs)
+    if len(columns) == 1:
+        found = [part.rows(slice(*some)).columns(*columns[0]) for some in rows]
+        shares = [share for share in found if share is not None]
+        coded = joined(shares) if len(shares) == len(found) else None
+        if coded is not None:
+            return coded
+    return cut(part.dequantised(), (outputs, inputs))
+
+
+def _stretches(dim: Dim) -> tuple[tuple[int, int], ...]:
+    return dim.stretches if isinstance(dim, Share) else ((0, dim),)
 
 
 def _merged(parts: Sequence[Part]) -> list[Part]:

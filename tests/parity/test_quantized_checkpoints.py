@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from parity.direct import Direct
+from parity.threads_as_ranks import load_split, on_every_rank
 from safetensors.torch import load_file, save_file
 
 from inferfleet.engine.families import load_model
@@ -152,6 +153,20 @@ def test_a_published_format_scores_as_the_reference_with_its_decoded_weights(for
     scores = Direct(loaded.model).score([ids], 16)[0]
     assert float((scores - exact.logits(ids)).abs().max()) <= judge.tolerance
     assert loaded.quantization
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("form", ["gptq-v2-order", "awq", "ct-8-order", "ct-fp8", "fp8-block"])
+def test_two_ranks_cut_what_came_coded_and_lose_nothing(form, name, reference, tmp_path):
+    # Given a packed checkpoint, where the ranks' shares fall between groups or through them,
+    judge = reference(name, 0)
+    write_quantised(judge, form, tmp_path / "packed", tmp_path / "decoded")
+    exact = judge.loaded_from(tmp_path / "decoded")
+    ids = list(range(7, 60))
+    # when two ranks load it, then both score as the reference over what the whole codes mean.
+    models = load_split(tmp_path / "packed", 2)
+    for scores in on_every_rank(2, lambda rank: Direct(models[rank]).score([ids], 16)[0]):
+        assert float((scores - exact.logits(ids)).abs().max()) <= judge.tolerance
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from parity.checkpoints.writing import Reference, write_tokenizer
 from parity.direct import Direct
 from parity.memory import PeakMemory
 from parity.test_parity_logits import prompts
+from parity.threads_as_ranks import load_split, on_every_rank
 from safetensors.torch import load_file, save_file
 
 from inferfleet.engine.config import read_config
 from inferfleet.engine.families import find_family, load_model
+from inferfleet.engine.group import stretch
 from inferfleet.engine.place import Place
 from inferfleet.kernels.quantized import KINDS, quantise
 
@@ -31,6 +33,9 @@ PROJECTIONS = {
     *("linear_left", "linear_right", "embedding_projection"),
     *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
 }
+
+#: The matrices whose inputs are split where a model is.
+BEHIND = {"o_proj", "out_proj", "down_proj", "w2"}
 
 
 def leaf(name: str) -> str:
@@ -52,12 +57,17 @@ def test_only_projections_are_quantised_and_no_router_is(name, reference):
         assert {leaf(found) for found in quantised_names(reference(name, seed).folder)} <= PROJECTIONS
 
 
-def decoded(name: str, tensor: torch.Tensor, kind) -> torch.Tensor:
-    """The tensor after coding and decoding; stacked experts one by one, along the side that is the input."""
+def decoded(name: str, tensor: torch.Tensor, kind, ranks: int = 1) -> torch.Tensor:
+    """The tensor after coding and decoding; stacked experts one by one, along the side that is the input.
+
+    Each rank codes its own share: of a matrix behind a split one that is some of the inputs.
+    """
     if tensor.dim() == 2:
-        return quantise(tensor, kind).dequantised()
+        pieces = [stretch(tensor.shape[1], rank, ranks) for rank in range(ranks if leaf(name) in BEHIND else 1)]
+        pieces = pieces if len(pieces) > 1 else [(0, tensor.shape[1])]
+        return torch.cat([quantise(tensor[:, begin:end], kind).dequantised() for begin, end in pieces], 1)
     flip = name.endswith(_TRANSPOSED)
-    experts = [quantise(expert.T if flip else expert, kind).dequantised() for expert in tensor]
+    experts = [decoded(name, expert.T if flip else expert, kind, ranks) for expert in tensor]
     return torch.stack([expert.T if flip else expert for expert in experts]).contiguous()
 
 
@@ -65,15 +75,15 @@ def decoded(name: str, tensor: torch.Tensor, kind) -> torch.Tensor:
 _TRANSPOSED = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 
 
-def with_decoded_weights(judge, kind, folder):
+def with_decoded_weights(judge, kind, folder, ranks=1):
     """transformers' model of the same checkpoint with every quantised weight replaced by what its codes mean."""
     names = quantised_names(judge.folder, kind)
     tensors = load_file(judge.folder / "model.safetensors")
     assert names & set(tensors)
     if names & set(tensors) <= set(judge.model.state_dict()):
-        return decoded_in_place(judge, names & set(tensors), kind)
+        return decoded_in_place(judge, names & set(tensors), kind, ranks)
     for name in names & set(tensors):
-        tensors[name] = decoded(name, tensors[name], kind)
+        tensors[name] = decoded(name, tensors[name], kind, ranks)
     for path in judge.folder.iterdir():
         if path.suffix == ".json":
             (folder / path.name).write_text(path.read_text())
@@ -81,13 +91,13 @@ def with_decoded_weights(judge, kind, folder):
     return judge.loaded_from(folder)
 
 
-def decoded_in_place(judge, names, kind):
+def decoded_in_place(judge, names, kind, ranks):
     """A copy of the reference; for checkpoints that name weights as it does, not all of which it can read itself."""
     model = copy.deepcopy(judge.model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in names:
-                tensor.copy_(decoded(name, tensor, kind))
+                tensor.copy_(decoded(name, tensor, kind, ranks))
     return Reference(model, judge.tolerance, judge.vocab_size, judge.folder)
 
 
@@ -113,6 +123,23 @@ def test_quantised_logits_equal_the_reference_with_the_decoded_weights(name, see
     # Here each sum is rounded once more, when the scale of its codes comes to it.
     assert worst <= 3 * judge.tolerance
     assert max(float((ours - judge.logits(ids)).abs().max()) for ours, ids in zip(scores, tokens, strict=True)) > worst
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen3", "int8"), ("qwen3-moe", "int4"), ("llama4-scout", "fp8"), ("qwen3-next", "int8")]
+)
+def test_each_rank_of_a_split_model_quantises_its_share(name, kind, reference, tmp_path):
+    # Given the reference with the weights that the codes of two ranks mean,
+    judge = reference(name, 0)
+    exact = with_decoded_weights(judge, kind, tmp_path, ranks=2)
+    tokens = prompts(judge.vocab_size, 0, 4)
+    # when two ranks quantise their shares while they read them,
+    models = load_split(judge.folder, 2, quantization=kind)
+    found = on_every_rank(2, lambda rank: Direct(models[rank]).score(tokens, 16))
+    # then both have that reference's logits.
+    for scores in found:
+        for ours, ids in zip(scores, tokens, strict=True):
+            assert float((ours - exact.logits(ids)).abs().max()) <= 3 * judge.tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ def on_every_rank(size: int, work: Callable[[int], T]) -> list[T]:
         return list(pool.map(work, range(size)))
 
 
-def load_split(folder: Path, size: int) -> list[Model]:
+def load_split(folder: Path, size: int, **settings: Any) -> list[Model]:
     """The checkpoint in float32, one model for each rank."""
     meeting = Meeting(size)
     groups = [ThreadGroup(rank, meeting) for rank in range(size)]
-    return [load_model(str(folder), dtype="float32", device="cpu", group=group).model for group in groups]
+    return [load_model(str(folder), dtype="float32", device="cpu", group=group, **settings).model for group in groups]
