@@ -156,18 +156,10 @@ def load_model(
     scheme = read_scheme(config.raw)
     coded = quantization if scheme is None else scheme.name
     _refuse_pairs(coded, quantization, slices)
-    if group.size > 1 and not model_class.can_split:
-        raise UnsupportedModel(
-            f"{config.architecture} cannot be split over several ranks yet: leave tensor_parallel_size at 1"
-        )
+    _refuse_unable(model_class, family, group, slices)
     place = Place(config.dtype(dtype), _device(device, group), group, quantization)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
-    if slices is not None and family not in SLICED:
-        raise LoadError(
-            f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",
-            param="matformer_config_path",
-        )
     cut = {} if slices is None else {"slices": slices}
     model: Model = model_class(config.raw, place=place, **cut)
     clock.lap("build")
@@ -189,6 +181,17 @@ def load_model(
         slices=slices,
         quantization=coded,
     )
+
+
+def _refuse_unable(model_class: type[Any], family: str, group: Group, slices: SliceTable | None) -> None:
+    """Raises for what was asked of a family that cannot do it."""
+    if group.size > 1 and not model_class.can_split:
+        raise UnsupportedModel(f"{family} cannot be split over several ranks: leave tensor_parallel_size at 1")
+    if slices is not None and family not in SLICED:
+        raise LoadError(
+            f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",
+            param="matformer_config_path",
+        )
 
 
 def _refuse_pairs(coded: str | None, quantization: Kind | None, slices: SliceTable | None) -> None:
