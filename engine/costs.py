@@ -1,10 +1,11 @@
-"""What a context costs in cache memory, and how long a context a memory holds. Numbers only: no torch, no model.
+"""What a context costs in cache memory, before it is laid out in blocks. Numbers only: no torch, no model.
 
 bytes(n tokens) = state + per_token * n + sum over spans of per_token_in_span * min(n, span)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -25,19 +26,20 @@ class CacheCosts:
         """Bytes that a context of so many tokens takes."""
         return self.state + self.per_token * tokens + sum(size * min(tokens, span) for span, size in self.spans)
 
-    def longest(self, memory: int, limit: int) -> int:
-        """The longest context of up to `limit` tokens that fits so many bytes; 0 if not even one token does."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.context(middle) <= memory else (low, middle - 1)
-        return low
-
     def __str__(self) -> str:
         parts = [f"{in_units(self.per_token)} a token"] if self.per_token else []
         parts += [f"{in_units(size)} for each of the last {span} tokens" for span, size in self.spans]
         parts += [f"{in_units(self.state)} of state"] if self.state else []
         return " + ".join(parts)
+
+
+def most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of up to `limit` that still fits, where all smaller ones do; 0 if not even 1 does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def in_units(size: float) -> str:

@@ -128,6 +128,14 @@ def find_family(architecture: str) -> tuple[str, type[Any]]:
     return family, getattr(import_module(module), name)
 
 
+def refuse_unsplit(architecture: str, model_class: type[Any], ranks: int) -> None:
+    """Raises UnsupportedModel where several ranks are to hold a model that cannot be shared out."""
+    if ranks > 1 and not model_class.can_split:
+        raise UnsupportedModel(
+            f"{architecture} cannot be split over several ranks yet: leave tensor_parallel_size at 1"
+        )
+
+
 def load_model(
     path: str,
     *,
@@ -156,7 +164,8 @@ def load_model(
     scheme = read_scheme(config.raw)
     coded = quantization if scheme is None else scheme.name
     _refuse_pairs(coded, quantization, slices)
-    _refuse_unable(model_class, family, group, slices)
+    refuse_unsplit(config.architecture, model_class, group.size)
+    _refuse_slices(family, slices)
     place = Place(config.dtype(dtype), _device(device, group), group, quantization)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
@@ -183,10 +192,7 @@ def load_model(
     )
 
 
-def _refuse_unable(model_class: type[Any], family: str, group: Group, slices: SliceTable | None) -> None:
-    """Raises for what was asked of a family that cannot do it."""
-    if group.size > 1 and not model_class.can_split:
-        raise UnsupportedModel(f"{family} cannot be split over several ranks: leave tensor_parallel_size at 1")
+def _refuse_slices(family: str, slices: SliceTable | None) -> None:
     if slices is not None and family not in SLICED:
         raise LoadError(
             f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",

@@ -24,13 +24,13 @@ from inferfleet.engine.sampler import Sampler
 from inferfleet.engine.scheduler import Scheduler
 from inferfleet.engine.sizing import (
     DEFAULT_CONTEXT,
-    SNAPSHOT_SHARE,
     cache_budget,
     cache_bytes,
     cache_costs,
     free_memory,
     group_sizes,
     held_tokens,
+    num_snapshots,
     sizes_within,
 )
 from inferfleet.engine.smoke import smoke
@@ -219,7 +219,7 @@ def _snapshots(loaded: LoadedModel, spec: EngineSpec) -> int | None:
     if spec.state_snapshots is not None:
         return spec.state_snapshots
     each = loaded.model.cache_spec.state_bytes(loaded.dtype)
-    return max(1, min(spec.max_num_seqs, int(cache_budget(loaded.device, group=loaded.group) * SNAPSHOT_SHARE) // each))
+    return num_snapshots(each, cache_budget(loaded.device, group=loaded.group), spec.max_num_seqs)
 
 
 def _cache_sizes(

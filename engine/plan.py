@@ -19,14 +19,33 @@ import torch
 from inferfleet.engine import headers, hub
 from inferfleet.engine.cache_spec import CacheSpec, KeyValues, Latent, LayerKind
 from inferfleet.engine.config import ModelConfig, read_config
-from inferfleet.engine.costs import CacheCosts
+from inferfleet.engine.costs import CacheCosts, most
 from inferfleet.engine.errors import EngineError, LoadError
-from inferfleet.engine.families import find_family
+from inferfleet.engine.families import find_family, refuse_unsplit
+from inferfleet.engine.group import Group
 from inferfleet.engine.headers import StoredWeights
 from inferfleet.engine.layers.slots import all_slots
+from inferfleet.engine.loader import EngineSpec
 from inferfleet.engine.place import Place
-from inferfleet.engine.sizing import cache_costs, gpu_cache_budget, gpu_memory_for
+from inferfleet.engine.sizing import (
+    cache_bytes,
+    cache_costs,
+    gpu_cache_budget,
+    gpu_memory_for,
+    group_sizes,
+    num_snapshots,
+)
 from inferfleet.engine.weights import Checkpoint, commit_of, local_folder
+
+#: Where nothing else is said, a cache is laid out as the loader would with its own settings.
+USUAL = EngineSpec(path="")
+
+
+class RankOnPaper(Group):
+    """The last of so many ranks, which has no less than any other; it meets none of them."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = size - 1, size
 
 
 @dataclass(frozen=True)
@@ -41,17 +60,42 @@ class Sources:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model takes in one number format."""
+    """What a model takes in one number format; of a split model, what one rank takes."""
 
+    #: Of the whole model.
     num_weights: int
     weight_bytes: int
-    costs: CacheCosts
-    #: Layers of each kind, for a reader: {"kind", "layers", "span", "bytes_per_token" or "bytes_per_sequence"}.
-    layers: list[dict[str, Any]]
+    spec: CacheSpec
+    dtype: torch.dtype
 
-    def gpu_bytes(self, tokens: int) -> int:
-        """The memory of a GPU that holds one context of so many tokens beside the weights."""
-        return self.weight_bytes + gpu_memory_for(self.costs.context(tokens))
+    @property
+    def costs(self) -> CacheCosts:
+        return cache_costs(self.spec, self.dtype)
+
+    def cache(self, tokens: int, seats: int, budget: int = 0) -> int:
+        """A cache for one context of so many tokens that has so many seats: what the loader would lay out for it.
+
+        budget: bytes that the cache may have in all; more of them buy more copies of recurrent states.
+        """
+        size = USUAL.block_size
+        sizes = group_sizes(
+            self.spec, tokens, size, max_num_seqs=seats, max_num_batched_tokens=USUAL.max_num_batched_tokens
+        )
+        return cache_bytes(self.spec, sizes, size, self.dtype.itemsize) + self._states(seats, budget)
+
+    def longest(self, budget: int, seats: int, limit: int) -> int:
+        """The longest context of up to `limit` tokens in a cache of so many bytes; 0 if there is none."""
+        return most(limit, lambda tokens: self.cache(tokens, seats, budget) <= budget)
+
+    def sequences(self, budget: int, tokens: int) -> int:
+        """How many contexts of so many tokens each a cache of so many bytes holds at once."""
+        whole = -(-tokens // USUAL.block_size) * USUAL.block_size
+        limit = budget // max(self.costs.context(tokens), 1)
+        return most(limit, lambda count: self.cache(count * whole, count, budget) <= budget)
+
+    def _states(self, seats: int, budget: int) -> int:
+        each = self.costs.state
+        return each * (seats + num_snapshots(each, budget, seats)) if each else 0
 
 
 def find_sources(path: str, revision: str | None = None) -> Sources:
@@ -64,13 +108,14 @@ def find_sources(path: str, revision: str | None = None) -> Sources:
     return Sources(folder, config, None if local else hub.stored_weights(path, revision))
 
 
-def needs_of(config: ModelConfig, dtype: torch.dtype) -> Needs:
-    """Builds the model on the meta device: shapes only."""
+def needs_of(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> Needs:
+    """Builds the model on the meta device: shapes only. LoadError for a number of ranks that cannot share it."""
     _, model_class = find_family(config.architecture)
-    model = model_class(config.raw, place=Place(dtype, torch.device("meta")))
-    numbers = sum(math.prod(slot.shape) for slot in all_slots(model).tensors.values())
-    spec = model.cache_spec
-    return Needs(numbers, numbers * dtype.itemsize, cache_costs(spec, dtype), _layers(spec, dtype))
+    refuse_unsplit(config.architecture, model_class, ranks)
+    model = model_class(config.raw, place=Place(dtype, torch.device("meta"), RankOnPaper(ranks)))
+    slots = all_slots(model).tensors.values()
+    numbers = sum(math.prod(slot.shape) for slot in slots)
+    return Needs(numbers, sum(slot.num_bytes for slot in slots), model.cache_spec, dtype)
 
 
 def plan(
@@ -80,12 +125,14 @@ def plan(
     dtype: str = "auto",
     gpu_memory: int | None = None,
     max_model_len: int | None = None,
+    max_num_seqs: int = 1,
+    tensor_parallel_size: int = 1,
 ) -> dict[str, Any]:
-    """Everything as JSON. Raises a ModelError."""
+    """Everything as JSON; bytes are those of one GPU. Raises a LoadError."""
     sources = find_sources(path, revision)
     config = sources.config
     number = config.dtype(dtype)
-    needs = needs_of(config, number)
+    needs = needs_of(config, number, tensor_parallel_size)
     weights: dict[str, Any] = {"numbers": needs.num_weights, "resident_bytes": needs.weight_bytes, "stored": None}
     if sources.stored is not None:
         weights["stored"] = asdict(sources.stored)
@@ -96,42 +143,53 @@ def plan(
         "architecture": config.architecture,
         "dtype": str(number).removeprefix("torch."),
         "max_positions": config.max_positions,
+        "max_num_seqs": max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
         "weights": weights,
-        "cache": {
-            "bytes_per_token": needs.costs.per_token,
-            "spans": [{"tokens": span, "bytes_per_token": size} for span, size in needs.costs.spans],
-            "bytes_per_sequence": needs.costs.state,
-            "layers": needs.layers,
-        },
+        "cache": _cache(needs),
     }
     budget = None if gpu_memory is None else gpu_cache_budget(gpu_memory - needs.weight_bytes)
     lengths = dict.fromkeys(length for length in (config.max_positions, max_model_len) if length is not None)
-    facts["contexts"] = [_context(needs, length, budget, config.max_positions) for length in lengths]
+    facts["contexts"] = [_context(needs, length, max_num_seqs, budget, config.max_positions) for length in lengths]
     if budget is not None:
-        longest = needs.costs.longest(budget, config.max_positions)
-        facts["memory"] = {"gpu_bytes": gpu_memory, "cache_bytes": budget, "longest_context": longest}
+        longest = {seats: needs.longest(budget, seats, config.max_positions) for seats in (max_num_seqs, _seats())}
+        facts["memory"] = {
+            "gpu_bytes": gpu_memory,
+            "cache_bytes": budget,
+            "longest_context": longest[max_num_seqs],
+            "usual": {"max_num_seqs": _seats(), "longest_context": longest[_seats()]},
+        }
     return facts
 
 
-def _context(needs: Needs, tokens: int, budget: int | None, max_positions: int) -> dict[str, Any]:
+def _seats() -> int:
+    return USUAL.max_num_seqs
+
+
+def _context(needs: Needs, tokens: int, seats: int, budget: int | None, max_positions: int) -> dict[str, Any]:
     """One context of so many tokens: what it takes, and how many of them fit."""
-    size = needs.costs.context(tokens)
-    sequences = None if budget is None else budget // max(size, 1)
+    cache = needs.cache(tokens, seats, budget or 0)
     return {
         "tokens": tokens,
-        "cache_bytes": size,
-        "gpu_bytes": needs.gpu_bytes(tokens),
-        "sequences": sequences,
+        "cache_bytes": cache,
+        "gpu_bytes": needs.weight_bytes + gpu_memory_for(cache),
+        "fits": None if budget is None else cache <= budget,
+        "sequences": None if budget is None else needs.sequences(budget, tokens),
         "within_positions": tokens <= max_positions,
     }
 
 
-def _layers(spec: CacheSpec, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The kinds of layers in order of first use, and how many there are of each."""
-    counts: dict[LayerKind, int] = {}
-    for layer in spec.layers:
+def _cache(needs: Needs) -> dict[str, Any]:
+    """What one sequence costs, without rounding; and the kinds of layers, how many there are of each, in order."""
+    costs, counts = needs.costs, dict[LayerKind, int]()
+    for layer in needs.spec.layers:
         counts[layer] = counts.get(layer, 0) + 1
-    return [_layer(layer, count, dtype) for layer, count in counts.items()]
+    return {
+        "bytes_per_token": costs.per_token,
+        "spans": [{"tokens": span, "bytes_per_token": size} for span, size in costs.spans],
+        "bytes_per_sequence": costs.state,
+        "layers": [_layer(layer, count, needs.dtype) for layer, count in counts.items()],
+    }
 
 
 def _layer(layer: LayerKind, count: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -160,6 +218,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gpu-memory", type=int, help="bytes")
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-num-seqs", type=int, default=1)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = vars(parser.parse_args())
     try:
         answer = {"plan": plan(options.pop("path"), **options)}

@@ -10,7 +10,7 @@ import torch
 
 from inferfleet.engine.blocks import GroupSize
 from inferfleet.engine.cache_spec import CacheSpec
-from inferfleet.engine.costs import CacheCosts, in_units
+from inferfleet.engine.costs import CacheCosts, in_units, most
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.group import ALONE, Group
 
@@ -64,6 +64,14 @@ def cache_costs(spec: CacheSpec, dtype: torch.dtype) -> CacheCosts:
     )
 
 
+def num_snapshots(state_bytes: int, budget: int, max_num_seqs: int) -> int:
+    """Copies of states for the prefix cache: one for each seat, or what their share of a cache of so many bytes holds.
+
+    state_bytes: of one sequence.
+    """
+    return max(1, min(max_num_seqs, int(budget * SNAPSHOT_SHARE) // state_bytes))
+
+
 def sizes_within(
     spec: CacheSpec, budget: int, wanted: int, block_size: int, itemsize: int, *, max_num_seqs: int, max_batched: int
 ) -> list[GroupSize]:
@@ -73,17 +81,15 @@ def sizes_within(
         tokens = blocks * block_size
         return group_sizes(spec, tokens, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_batched)
 
-    low, high = 0, -(-wanted // block_size)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = cache_bytes(spec, sizes(middle), block_size, itemsize) <= budget
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if low == 0:
+    blocks = most(
+        -(-wanted // block_size), lambda count: cache_bytes(spec, sizes(count), block_size, itemsize) <= budget
+    )
+    if blocks == 0:
         raise LoadError(
             f"{in_units(max(budget, 0))} are left for the KV cache, which is less than {block_size} tokens take;"
             " free memory, or set max_model_len or max_num_seqs lower"
         )
-    return sizes(low)
+    return sizes(blocks)
 
 
 def held_tokens(sizes: Sequence[GroupSize], block_size: int, longest: int) -> int:

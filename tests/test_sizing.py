@@ -5,7 +5,7 @@ from tiny_engine import CONTEXT, HEAD_DIM, tiny_engine
 from inferfleet.engine import sizing
 from inferfleet.engine.blocks import BlockManager
 from inferfleet.engine.cache_spec import CacheSpec, KeyValues, Latent, Recurrent, StatePart
-from inferfleet.engine.costs import CacheCosts, in_units
+from inferfleet.engine.costs import CacheCosts, in_units, most
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.sight import Sight
 from inferfleet.engine.sizing import cache_budget, cache_bytes, cache_costs, group_sizes, held_tokens, sizes_within
@@ -98,17 +98,10 @@ def test_a_context_costs_its_tokens_its_windows_and_its_state():
     assert str(costs) == f"{told} + 5 MiB of state"
 
 
-def test_the_longest_context_is_the_last_that_fits():
-    costs = CacheCosts(per_token=1000, spans=((64, 500),), state=300)
-    longest = costs.longest(1 << 20, limit=1 << 30)
-    assert costs.context(longest) <= 1 << 20 < costs.context(longest + 1)
-    assert costs.longest(1 << 20, limit=10) == 10
-    assert costs.longest(300, limit=10) == 0
-
-
-def test_a_model_that_keeps_nothing_for_ever_has_no_longest_context_but_its_limit():
-    costs = CacheCosts(per_token=0, spans=((64, 500),))
-    assert costs.longest(64 * 500, limit=1 << 40) == 1 << 40
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (10, 10), (1000, 700)])
+def test_the_most_is_the_last_that_fits_up_to_a_limit(limit, found):
+    assert most(limit, lambda count: count <= 700) == found
+    assert most(limit, lambda count: False) == 0
 
 
 @pytest.mark.parametrize(

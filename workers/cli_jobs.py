@@ -10,7 +10,7 @@ from inferfleet.tasks.errors import JobNotFound
 from inferfleet.tasks.names import TERMINAL
 from inferfleet.workers.cli_http import ApiClient
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models
-from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_json, print_table
+from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
 
@@ -125,7 +125,7 @@ def print_job(job: dict[str, Any]) -> None:
     facts += [(name, str(value)) for name, value in (job.get("usage") or {}).items() if isinstance(value, int)]
     if error := job.get("error"):
         facts.append(("error", f"{error['code']}: {error['message']}"))
-    print_table(("", ""), facts)
+    print_facts(facts)
     for choice in ((job.get("response") or {}).get("body") or {}).get("choices", []):
         out.print()
         out.print(choice["message"]["content"] or "", markup=False)

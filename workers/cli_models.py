@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
 from inferfleet.tasks.errors import SetupError
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client
-from inferfleet.workers.cli_output import EXIT_ERROR, err, print_json, print_table
+from inferfleet.workers.cli_output import EXIT_ERROR, err, print_facts, print_json, print_table
 from inferfleet.workers.loading import Loading, in_units
 
 app = typer.Typer(help="List the models that the fleet serves, or plan one.", invoke_without_command=True)
@@ -20,7 +21,8 @@ app = typer.Typer(help="List the models that the fleet serves, or plan one.", in
 PLANNER = (sys.executable, "-m", "inferfleet.engine.plan")
 #: Reading the headers of many files from the hub takes a while, but not for ever.
 PLAN_SECONDS = 600.0
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+#: No memory has more digits than these, and a float can hold them.
+SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 
 
 class PlanFailed(SetupError):
@@ -50,34 +52,41 @@ def models(context: typer.Context, json: Json = False, api_url: ApiUrl = None, a
 def plan(
     path: Annotated[str, typer.Argument(help="A model's folder, or a hub id: no weights are fetched.")],
     gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="What a GPU has, as 80GiB or 24e9 bytes as 24GB.")
+        str | None,
+        typer.Option("--gpu-memory", metavar="SIZE", help="What each GPU has: 80GiB, or 24GB for 24e9 bytes."),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", min=1, help="Tokens of prompt and answer together.")
     ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option("--max-num-seqs", min=1, help="Sequences at once, each with its windows, chunks and states.")
+    ] = 1,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", min=1, help="GPUs that hold the model together.")
+    ] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), bfloat16 or float32.")] = "auto",
     revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit of the hub id.")] = None,
     json: Json = False,
 ) -> None:
     """What a model's weights and contexts take, how long a context fits and how many of them; before it is served.
 
-    With --max-model-len the exit status says whether one such context fits.
+    With --gpu-memory the exit status says whether it can be served, with --max-model-len a context of that length.
     """
     wanted = {
         "--gpu-memory": None if gpu_memory is None else str(parse_size(gpu_memory)),
         "--max-model-len": None if max_model_len is None else str(max_model_len),
+        "--max-num-seqs": str(max_num_seqs),
+        "--tensor-parallel-size": str(tensor_parallel_size),
+        "--dtype": dtype,
         "--revision": revision,
     }
-    options = [part for name, value in wanted.items() if value is not None for part in (name, value)]
-    found = _ask_planner(["--dtype", dtype, *options, "--", path])
+    found = _ask_planner([*(f"{name}={value}" for name, value in wanted.items() if value is not None), "--", path])
     if json:
         print_json(found)
     else:
-        print_table(("", ""), _rows(found))
-    problems = list(_problems(found, max_model_len))
-    for problem in problems:
+        print_facts(_rows(found))
+    if problem := _problem(found, max_model_len):
         err.print(problem, markup=False)
-    if problems:
         raise typer.Exit(EXIT_ERROR)
 
 
@@ -88,11 +97,16 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size such as 80GiB", param_hint="--gpu-memory")
     number, unit, binary = found.groups()
     is_decimal = text.strip()[-1] in "bB" and not binary
-    return int(float(number) * (1000 if is_decimal else 1024) ** " kmgt".index(unit.lower() or " "))
+    size = int(float(number) * (1000 if is_decimal else 1024) ** " kmgt".index((unit or " ").lower()))
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no memory at all", param_hint="--gpu-memory")
+    return size
 
 
 def _ask_planner(arguments: list[str]) -> dict[str, Any]:
     """The planner's answer; what it refuses is a PlanFailed, and so is a planner that breaks."""
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError("the planner computes with torch", name="torch")
     try:
         done = subprocess.run(
             [*PLANNER, *arguments], stdout=subprocess.PIPE, text=True, timeout=PLAN_SECONDS, check=False
@@ -110,26 +124,42 @@ def _ask_planner(arguments: list[str]) -> dict[str, Any]:
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """A plan for a person."""
-    weights, cache = found["weights"], found["cache"]
+    weights, cache, gpus = found["weights"], found["cache"], found["tensor_parallel_size"]
     yield "model", found["path"] + (f" @ {found['commit']}" if found["commit"] else "")
     yield "family", f"{found['family']} ({found['architecture']})"
-    yield (
-        "weights",
-        (f"{in_units(weights['resident_bytes'])} in {found['dtype']}: {weights['numbers'] / 1e9:.2f} billion numbers"),
-    )
+    if gpus > 1:
+        yield "GPUs", f"{gpus}; all that follows but the files is what each of them holds"
+    yield "weights", f"{in_units(weights['resident_bytes'])} in {found['dtype']}: {_count(weights['numbers'])} in all"
     if stored := weights["stored"]:
         formats = ", ".join(sorted(stored["numbers"]))
         yield "files", f"{in_units(stored['num_bytes'])} of safetensors ({formats})"
     else:
-        yield "files", "there are none beside the configuration"
+        yield "files", "there are no complete safetensors beside the configuration"
     for layer in cache["layers"]:
         yield f"{layer['layers']} layers", _costs(layer)
     yield "a token", f"{in_units(cache['bytes_per_token'])} of cache beyond every window and chunk"
     for context in found["contexts"]:
-        yield f"{context['tokens']} tokens", _context(context)
+        yield f"{context['tokens']} tokens", _context(context, found["max_num_seqs"], gpus)
     if memory := found.get("memory"):
         yield "GPU memory", f"{in_units(memory['gpu_bytes'])}, of which {in_units(memory['cache_bytes'])} for the cache"
-        yield "longest", f"{memory['longest_context']} tokens of the model's {found['max_positions']} in one sequence"
+        yield "longest", f"{memory['longest_context']} of {found['max_positions']} tokens{_seats(found)}"
+
+
+def _seats(found: dict[str, Any]) -> str:
+    """For how many sequences at once the longest context is meant, and what a worker makes of it untold."""
+    told, usual = found["max_num_seqs"], found["memory"]["usual"]
+    if told == usual["max_num_seqs"]:
+        return f" with max_num_seqs {told}"
+    return f" with max_num_seqs {told}; {usual['longest_context']} with a worker's usual {usual['max_num_seqs']}"
+
+
+def _gpus(count: int) -> str:
+    return "a GPU" if count == 1 else f"{count} GPUs"
+
+
+def _count(numbers: int) -> str:
+    size, unit = (1e9, "billion") if numbers >= 1e9 else (1e6, "million") if numbers >= 1e6 else (1e3, "thousand")
+    return f"{numbers / size:.2f} {unit} numbers"
 
 
 def _costs(layer: dict[str, Any]) -> str:
@@ -139,25 +169,31 @@ def _costs(layer: dict[str, Any]) -> str:
     return f"{layer['kind']}: {in_units(layer['bytes_per_token'])} a token{span}"
 
 
-def _context(context: dict[str, Any]) -> str:
-    needs = f"{in_units(context['cache_bytes'])} of cache; one needs a GPU of {in_units(context['gpu_bytes'])}"
-    return needs if context["sequences"] is None else f"{needs}; {context['sequences']} fit"
+def _context(context: dict[str, Any], max_num_seqs: int, ranks: int) -> str:
+    seats = f" with room for {max_num_seqs} sequences" if max_num_seqs > 1 else ""
+    needs = f"{in_units(context['cache_bytes'])} of cache{seats}, on {_gpus(ranks)} of {in_units(context['gpu_bytes'])}"
+    return needs if context["sequences"] is None else f"{needs}; {context['sequences']} fit at once"
 
 
-def _problems(found: dict[str, Any], max_model_len: int | None) -> Iterator[str]:
-    """Why the context that was asked for cannot be served."""
-    asked = next((c for c in found["contexts"] if c["tokens"] == max_model_len), None)
-    if asked is None:
-        return
-    if not asked["within_positions"]:
-        yield f"max_model_len {max_model_len} is more than the {found['max_positions']} positions of this model"
-    if asked["sequences"] == 0:
-        memory = found["memory"]
-        yield (
-            f"a context of {max_model_len} tokens needs {in_units(asked['cache_bytes'])} of cache, but"
-            f" {in_units(memory['cache_bytes'])} are left beside the weights: the longest that fits is"
-            f" {memory['longest_context']}; a GPU of {in_units(asked['gpu_bytes'])} would hold it"
-        )
+def _problem(found: dict[str, Any], max_model_len: int | None) -> str | None:
+    """Why the context that was asked for, or any at all, cannot be served."""
+    context = next((c for c in found["contexts"] if c["tokens"] == max_model_len), found["contexts"][0])
+    if not context["within_positions"]:
+        return f"max_model_len {max_model_len} is more than the {found['max_positions']} positions of this model"
+    memory = found.get("memory")
+    # A model's own context is cut to what fits; only one that was asked for is refused.
+    if memory is None or context["fits"] or (max_model_len is None and memory["longest_context"]):
+        return None
+    weights = found["weights"]["resident_bytes"]
+    if weights > memory["gpu_bytes"]:
+        why = f"the weights alone need {in_units(weights)}, more than the {in_units(memory['gpu_bytes'])} there are"
+    else:
+        why = f"{in_units(memory['cache_bytes'])} are left for it beside {in_units(weights)} of weights"
+    return (
+        f"a context of {context['tokens']} tokens needs {in_units(context['cache_bytes'])} of cache, but {why};"
+        f" the longest that fits is {memory['longest_context']}, and"
+        f" {_gpus(found['tensor_parallel_size'])} of {in_units(context['gpu_bytes'])} would hold it"
+    )
 
 
 def _status(card: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ HINTS = {
     "login_failed": "make an access token on the settings page of your account on the hub, and paste the whole of it",
     "not_logged_in": "log in with `inferfleet login`, or set HF_TOKEN",
     "hub_unreachable": "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; models in a local folder need no hub",
-    "plan_failed": "give a model's folder or a hub id; a gated model needs `inferfleet login` first",
+    "plan_failed": "check the path and the options; a gated model needs `inferfleet login` first",
     "settings_error": "see inferfleet.toml and the INFERFLEET_* environment variables",
 }
 
@@ -56,12 +56,22 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A plain table; cells are shown as they are, never read as markup."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(columns))
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=True, overflow="ignore")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     # A pipe has no width: what is cut there is lost to grep and awk.
+    out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names and what there is to say of each; on a narrow terminal that goes on in further lines."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in facts:
+        table.add_row(escape(name), escape(fact))
     out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
 
 

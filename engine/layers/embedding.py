@@ -28,8 +28,8 @@ class Embedding(Weighted):
         self._group = place.group
 
     def slots(self, name: str) -> Slots:
-        slot = Slot(lambda table: self.weight.copy_(cut(table, [self.rows])), (self.rows.whole, self.weight.shape[1]))
-        return Slots({f"{name}.weight": slot})
+        put, shape = lambda table: self.weight.copy_(cut(table, [self.rows])), (self.rows.whole, self.weight.shape[1])
+        return Slots({f"{name}.weight": Slot(put, shape, num_bytes=self.weight.nbytes)})
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self._split_lookup(ids) if self.rows.is_split else F.embedding(ids, self.weight)

@@ -6,6 +6,7 @@ holds in full precision is the one tensor that the file gave last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -60,8 +61,8 @@ class Matrix:
         def put(part: Part) -> None:
             self.put(begin, cut(part, sizes) if isinstance(part, Tensor) else _share_of(part, *sizes))
 
-        shape = tuple(map(whole, sizes))
-        return Slot(put, shape, takes_codes=True, quantization=self._place.quantization)
+        shape, size = tuple(map(whole, sizes)), math.prod(map(held, sizes)) * self._place.dtype.itemsize
+        return Slot(put, shape, takes_codes=True, quantization=self._place.quantization, num_bytes=size)
 
     def put(self, begin: int, part: Tensor | Quantized) -> None:
         """Takes the rows from `begin` on; a plain part is coded if this model is to be quantised."""
@@ -131,7 +132,8 @@ class MatrixStack:
             for matrix, part in zip(self.matrices, stack, strict=True):
                 matrix.put(0, cut(part, self.dims[1:]))
 
-        return Slot(put, tuple(map(whole, self.dims)), quantization=self._place.quantization)
+        shape, size = tuple(map(whole, self.dims)), self._plain.num_bytes
+        return Slot(put, shape, quantization=self._place.quantization, num_bytes=size)
 
     @property
     def is_coded(self) -> bool:

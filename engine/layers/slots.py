@@ -7,6 +7,7 @@ slot is filled: at any time only the layers that wait for the rest of their tens
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,11 +40,13 @@ class Slot:
     takes_codes: bool = False
     #: What a plain weight is coded as when it is put.
     quantization: Kind | None = None
+    #: What its part takes in memory here, plain, in the number format and the share that the layer keeps.
+    num_bytes: int = 0
 
     @classmethod
     def into(cls, view: Tensor) -> Slot:
         """Copies into memory that is there, converting dtype and device on the way."""
-        return cls(view.copy_, tuple(view.shape))
+        return cls(view.copy_, tuple(view.shape), num_bytes=view.nbytes)
 
     @classmethod
     def unused(cls, *shape: int) -> Slot:
@@ -106,12 +109,21 @@ class Storage:
         """
         part_shape = tuple(torch.empty(self.shape, device="meta")[index].shape)
         dims = dims or (part_shape if index else self.dims)
-        return Slot(lambda part: self.tensor[index].copy_(cut(part, dims)), tuple(map(whole, dims)))
+        size = self._num_bytes(part_shape)
+        return Slot(lambda part: self.tensor[index].copy_(cut(part, dims)), tuple(map(whole, dims)), num_bytes=size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole of it, allocated or not."""
+        return self._num_bytes(self.shape)
 
     def take(self) -> Tensor:
         """Hands the tensor over; this storage is of no use afterwards."""
         whole, self._tensor = self.tensor, None
         return whole
+
+    def _num_bytes(self, shape: Shape) -> int:
+        return math.prod(shape) * self._place.dtype.itemsize
 
 
 class Weighted(nn.Module):

@@ -16,4 +16,5 @@ class Vector(Weighted):
         self.values = place.empty(held(size))
 
     def slots(self, name: str) -> Slots:
-        return Slots({name: Slot(lambda vector: self.values.copy_(cut(vector, [self._size])), (whole(self._size),))})
+        put, shape = lambda vector: self.values.copy_(cut(vector, [self._size])), (whole(self._size),)
+        return Slots({name: Slot(put, shape, num_bytes=self.values.nbytes)})

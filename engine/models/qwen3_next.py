@@ -100,7 +100,8 @@ class Taps(Weighted):
     def slots(self, name: str) -> Slots:
         dims = (self._channels, 1, self.weight.shape[0])
         put = self.weight.t().unsqueeze(1).copy_
-        return Slots({f"{name}.weight": Slot(lambda tensor: put(cut(tensor, dims)), tuple(map(whole, dims)))})
+        slot = Slot(lambda tensor: put(cut(tensor, dims)), tuple(map(whole, dims)), num_bytes=self.weight.nbytes)
+        return Slots({f"{name}.weight": slot})
 
 
 class DeltaNet(nn.Module):
