@@ -22,7 +22,7 @@ PLANNER = (sys.executable, "-m", "inferfleet.engine.plan")
 #: Reading the headers of many files from the hub takes a while, but not for ever.
 PLAN_SECONDS = 600.0
 #: No memory has more digits than these, and a float can hold them.
-SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
+SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE | re.ASCII)
 
 
 class PlanFailed(SetupError):

@@ -61,8 +61,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column, no_wrap=True, overflow="ignore")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    # A pipe has no width: what is cut there is lost to grep and awk.
-    out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
+    _print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -72,7 +71,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, fact in facts:
         table.add_row(escape(name), escape(fact))
-    out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
+    _print(table)
 
 
 def print_error(error: FleetError) -> None:
@@ -101,3 +100,8 @@ def age(unix_seconds: float | None) -> str:
         if seconds < limit:
             return f"{seconds // size}{unit}"
     return f"{seconds // 86400}d"
+
+
+def _print(table: Table) -> None:
+    # A pipe has no width, but rich gives it one: what is cut or folded there is lost to grep and awk.
+    (out if out.is_terminal else Console(file=out.file, highlight=False, width=PIPE_WIDTH)).print(table)
