@@ -163,9 +163,8 @@ def load_model(
     family, model_class = find_family(config.architecture)
     scheme = read_scheme(config.raw)
     coded = quantization if scheme is None else scheme.name
-    _refuse_pairs(coded, quantization, slices)
+    _refuse_pairs(family, coded, quantization, slices)
     refuse_unsplit(config.architecture, model_class, group.size)
-    _refuse_slices(family, slices)
     place = Place(config.dtype(dtype), _device(device, group), group, quantization)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
@@ -192,16 +191,13 @@ def load_model(
     )
 
 
-def _refuse_slices(family: str, slices: SliceTable | None) -> None:
+def _refuse_pairs(family: str, coded: str | None, quantization: Kind | None, slices: SliceTable | None) -> None:
+    """Raises for settings that do not go together, or not with this model."""
     if slices is not None and family not in SLICED:
         raise LoadError(
             f"matformer_config_path is set, but {family} is no MatFormer: only {', '.join(SLICED)} has slices",
             param="matformer_config_path",
         )
-
-
-def _refuse_pairs(coded: str | None, quantization: Kind | None, slices: SliceTable | None) -> None:
-    """Raises for settings that do not go together."""
     if quantization is not None and coded != quantization:
         raise UnsupportedModel(f"quantization {quantization} was asked for, but the checkpoint is {coded} already")
     if coded is not None and slices is not None:

@@ -348,6 +348,12 @@ def test_a_model_that_is_no_matformer_refuses_a_table(reference, tmp_path):
     assert caught.value.param == "matformer_config_path"
 
 
+def test_slices_of_coded_weights_are_refused(reference, tmp_path):
+    with pytest.raises(LoadError, match="quantization is int8 and matformer_config_path is set") as caught:
+        llm(reference("gemma3n", 0), table(tmp_path, SLICES[0]), quantization="int8")
+    assert caught.value.param == "quantization"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.writing import Reference
+from parity.test_quantized_load import with_decoded_weights
 from parity.test_split_layers import can_split
 
 from inferfleet.engine import ranks
@@ -86,6 +87,18 @@ def test_two_processes_write_what_one_writes_batched_preempted_and_after_a_prefi
         assert_same_up_to_noise(judge, ids, ours, theirs)
         assert_same_up_to_noise(judge, ids, ours_again, theirs)
     assert float((split.score(tokens[-1]) - judge.logits(tokens[-1])).abs().max()) <= judge.tolerance
+
+
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("qwen3-moe", marks=pytest.mark.slow)])
+def test_both_processes_quantise_what_they_hold(name, pair, tmp_path):
+    # Given the reference with the weights that the codes of two ranks mean, when two processes quantise the checkpoint,
+    judge, split = pair(name, quantization="int8")
+    exact = with_decoded_weights(judge, "int8", tmp_path, ranks=2)
+    tokens = prompts(judge, [45, 6, 33])
+    # then they have that reference's logits and write its greedy texts.
+    for ids, ours in zip(tokens, generate(split, tokens), strict=True):
+        assert float((split.score(ids) - exact.logits(ids)).abs().max()) <= 3 * judge.tolerance
+        assert_same_up_to_noise(exact, ids, ours, exact.greedy(ids, len(ours))[0])
 
 
 @pytest.mark.slow
