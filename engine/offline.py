@@ -53,9 +53,9 @@ class RequestOutput:
 class LLM:
     """A loaded model that answers many prompts in one continuous batch.
 
-    Settings are those of EngineSpec (device, dtype, max_model_len, paged_attn, block_size, kv_cache_tokens,
-    max_num_seqs, max_num_batched_tokens, prefix_caching, tensor_parallel_size, revision). Raises LoadError or a
-    ModelError.
+    Settings are those of EngineSpec (device, dtype, quantization, max_model_len, paged_attn, block_size,
+    kv_cache_tokens, max_num_seqs, max_num_batched_tokens, prefix_caching, tensor_parallel_size, revision). Raises
+    LoadError or a ModelError.
     """
 
     def __init__(self, path: str, **settings: Any) -> None:

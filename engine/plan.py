@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from inferfleet.engine.headers import StoredWeights
 from inferfleet.engine.layers.slots import all_slots
 from inferfleet.engine.loader import EngineSpec
 from inferfleet.engine.place import Place
+from inferfleet.engine.quantized.scheme import read_scheme
 from inferfleet.engine.sizing import (
     cache_bytes,
     cache_costs,
@@ -133,6 +134,9 @@ def plan(
     config = sources.config
     number = config.dtype(dtype)
     needs = needs_of(config, number, tensor_parallel_size)
+    if sources.stored is not None and read_scheme(config.raw) is not None:
+        # Weights that come coded stay so, nearly all: what the files have is the better guess.
+        needs = replace(needs, weight_bytes=sources.stored.num_bytes // tensor_parallel_size)
     weights: dict[str, Any] = {"numbers": needs.num_weights, "resident_bytes": needs.weight_bytes, "stored": None}
     if sources.stored is not None:
         weights["stored"] = asdict(sources.stored)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from inferfleet.engine.families import load_model
 from inferfleet.engine.model_errors import UnsupportedModel
+from inferfleet.engine.plan import plan
 
 GROUP = 16
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -167,6 +168,13 @@ def test_two_ranks_cut_what_came_coded_and_lose_nothing(form, name, reference, t
     models = load_split(tmp_path / "packed", 2)
     for scores in on_every_rank(2, lambda rank: Direct(models[rank]).score([ids], 16)[0]):
         assert float((scores - exact.logits(ids)).abs().max()) <= judge.tolerance
+
+
+def test_a_plan_of_a_packed_checkpoint_counts_what_its_files_hold(reference, tmp_path):
+    write_quantised(reference("qwen3", 0), "awq", tmp_path / "packed", tmp_path / "decoded")
+    packed, plain = (plan(str(tmp_path / name))["weights"] for name in ("packed", "decoded"))
+    assert packed["numbers"] == plain["numbers"]
+    assert packed["resident_bytes"] == packed["stored"]["num_bytes"] < plain["resident_bytes"]
 
 
 @pytest.mark.parametrize(
