@@ -10,6 +10,7 @@ from tiny_engine import CONTEXT, TinyModel, tiny_engine
 
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import load_model
+from inferfleet.engine.layers.matrix import Matrix, MatrixStack
 from inferfleet.engine.layers.slots import Storage, Weighted
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.plan import Needs, plan
@@ -92,12 +93,13 @@ def test_the_weights_take_what_was_planned(tmp_path, monkeypatch, architecture):
     # then that many bytes are there, and in its file.
     layers = [vars(module) for module in model.modules() if isinstance(module, Weighted)]
     values = [value for layer in layers for value in layer.values()]
-    held = [value.tensor if isinstance(value, Storage) else value for value in values]
+    storages = [value._plain if isinstance(value, Matrix | MatrixStack) else value for value in values]
+    held = [value.tensor if isinstance(value, Storage) else value for value in storages]
     tensors = {t.data_ptr(): t.nbytes for t in held if isinstance(t, torch.Tensor)}
     assert sum(tensors.values()) == found["resident_bytes"] == found["stored"]["num_bytes"]
 
 
-def test_ranks_share_weights_and_cache(tmp_path):
+def test_ranks_share_weights_and_cache(tmp_path, monkeypatch):
     # Given Scout on 1 and on 8 GPUs, each with one of its 8 key/value heads,
     folder = folder_of(tmp_path, "Llama 4 Scout")
     alone, split = plan(folder), plan(folder, tensor_parallel_size=8)
@@ -108,8 +110,10 @@ def test_ranks_share_weights_and_cache(tmp_path):
     assert share < split["weights"]["resident_bytes"] < 1.01 * share
     with pytest.raises(LoadError, match="cannot be split over tensor_parallel_size 3"):
         plan(folder, tensor_parallel_size=3)
+    # And a family that cannot be split says so.
+    monkeypatch.setattr("inferfleet.engine.models.llama4.Llama4ForCausalLM.can_split", False)
     with pytest.raises(UnsupportedModel, match="leave tensor_parallel_size at 1"):
-        plan(folder_of(tmp_path, "Phi-3.5-MoE"), tensor_parallel_size=2)
+        plan(folder, tensor_parallel_size=8)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 16])
