@@ -12,12 +12,12 @@ from parity.checkpoints.writing import Reference, write_tokenizer
 from parity.direct import Direct
 from parity.memory import PeakMemory
 from parity.test_parity_logits import prompts
-from parity.threads_as_ranks import load_split, on_every_rank
+from parity.threads_as_ranks import Meeting, ThreadGroup, load_split, on_every_rank
 from safetensors.torch import load_file, save_file
 
 from inferfleet.engine.config import read_config
 from inferfleet.engine.families import find_family, load_model
-from inferfleet.engine.group import stretch
+from inferfleet.engine.group import ALONE, Group
 from inferfleet.engine.place import Place
 from inferfleet.kernels.quantized import KINDS, quantise
 
@@ -57,22 +57,33 @@ def test_only_projections_are_quantised_and_no_router_is(name, reference):
         assert {leaf(found) for found in quantised_names(reference(name, seed).folder)} <= PROJECTIONS
 
 
-def decoded(name: str, tensor: torch.Tensor, kind, ranks: int = 1) -> torch.Tensor:
-    """The tensor after coding and decoding; stacked experts one by one, along the side that is the input.
-
-    Each rank codes its own share: of a matrix behind a split one that is some of the inputs.
-    """
+def decoded(name: str, tensor: torch.Tensor, kind, shares) -> torch.Tensor:
+    """The tensor after coding and decoding; stacked experts one by one, along the side that is the input."""
     if tensor.dim() == 2:
-        pieces = [stretch(tensor.shape[1], rank, ranks) for rank in range(ranks if leaf(name) in BEHIND else 1)]
-        pieces = pieces if len(pieces) > 1 else [(0, tensor.shape[1])]
-        return torch.cat([quantise(tensor[:, begin:end], kind).dequantised() for begin, end in pieces], 1)
+        means = torch.empty_like(tensor)
+        for share in shares(name, tensor.shape[1]):
+            inputs = torch.cat([torch.arange(*some) for some in share.stretches])
+            means[:, inputs] = quantise(tensor[:, inputs], kind).dequantised()
+        return means
     flip = name.endswith(_TRANSPOSED)
-    experts = [decoded(name, expert.T if flip else expert, kind, ranks) for expert in tensor]
+    experts = [decoded(name, expert.T if flip else expert, kind, shares) for expert in tensor]
     return torch.stack([expert.T if flip else expert for expert in experts]).contiguous()
 
 
 #: Stacks that hold [inputs, outputs] in the reference too.
 _TRANSPOSED = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+
+
+def shares_of(judge, ranks):
+    """shares(name, inputs): those that the ranks code each on its own, of a matrix behind a split one."""
+    groups = [ThreadGroup(rank, Meeting(ranks)) for rank in range(ranks)]
+    is_combed = "Gemma3n" in type(judge.model).__name__
+
+    def shares(name, inputs):
+        cut = Group.comb if is_combed and leaf(name) == "down_proj" else Group.width
+        return [cut(group, inputs, name) for group in (groups if leaf(name) in BEHIND else [ALONE])]
+
+    return shares
 
 
 def with_decoded_weights(judge, kind, folder, ranks=1):
@@ -81,9 +92,9 @@ def with_decoded_weights(judge, kind, folder, ranks=1):
     tensors = load_file(judge.folder / "model.safetensors")
     assert names & set(tensors)
     if names & set(tensors) <= set(judge.model.state_dict()):
-        return decoded_in_place(judge, names & set(tensors), kind, ranks)
+        return decoded_in_place(judge, names & set(tensors), kind, shares_of(judge, ranks))
     for name in names & set(tensors):
-        tensors[name] = decoded(name, tensors[name], kind, ranks)
+        tensors[name] = decoded(name, tensors[name], kind, shares_of(judge, ranks))
     for path in judge.folder.iterdir():
         if path.suffix == ".json":
             (folder / path.name).write_text(path.read_text())
@@ -91,13 +102,13 @@ def with_decoded_weights(judge, kind, folder, ranks=1):
     return judge.loaded_from(folder)
 
 
-def decoded_in_place(judge, names, kind, ranks):
+def decoded_in_place(judge, names, kind, shares):
     """A copy of the reference; for checkpoints that name weights as it does, not all of which it can read itself."""
     model = copy.deepcopy(judge.model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name in names:
-                tensor.copy_(decoded(name, tensor, kind, ranks))
+                tensor.copy_(decoded(name, tensor, kind, shares))
     return Reference(model, judge.tolerance, judge.vocab_size, judge.folder)
 
 
@@ -125,8 +136,16 @@ def test_quantised_logits_equal_the_reference_with_the_decoded_weights(name, see
     assert max(float((ours - judge.logits(ids)).abs().max()) for ours, ids in zip(scores, tokens, strict=True)) > worst
 
 
+SPLIT = {"qwen3": "int8", "qwen3-moe": "int4", "llama4-scout": "fp8", "qwen3-next": "int8", "gemma3n": "int4"}
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"), [("qwen3", "int8"), ("qwen3-moe", "int4"), ("llama4-scout", "fp8"), ("qwen3-next", "int8")]
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if SPLIT.get(name) == kind else pytest.mark.slow)
+        for name in NAMES
+        for kind in KINDS
+    ],
 )
 def test_each_rank_of_a_split_model_quantises_its_share(name, kind, reference, tmp_path):
     # Given the reference with the weights that the codes of two ranks mean,
