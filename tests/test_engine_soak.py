@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
-from soak import LONGEST, Soak, make_jobs, quiet
+import torch
+from soak import LONGEST, Job, Soak, Told, make_jobs, quiet
 
 from inferfleet.engine.offline import LLM
+from inferfleet.engine.philox import uniforms
+from inferfleet.engine.sampling_params import SamplingParams
 
 DEMO = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
 
@@ -65,3 +70,29 @@ def test_no_setting_of_the_engine_shows_in_a_text(settings, undisturbed):
     outcomes = Soak(engine_of(**settings), jobs, texts).run()
     assert outcomes["failed"] == 0
     assert outcomes.total() == len(jobs)
+
+
+def common_with_an_edge(told: int, shift: float) -> int:
+    """Of one token each: the quiet run picked 0 a hair before the edge between 0 and 1, the crowd told `told`.
+
+    shift: how far the crowd's logits lie on the side of 0.
+    """
+    job = Job("job-7", [5], SamplingParams(seed=7), "", 0, 0, None, None)
+    (drawn,) = uniforms(*np.array([[7], [0], [0]], dtype=np.uint64))
+    edge = math.log(drawn / (1 - drawn))
+    alone = Told([0], ["a"], [torch.tensor([edge + 1e-5, 0.0])], "a", "length")
+    seen = {(7, 0, 0): torch.tensor([edge + shift, 0.0])}
+    return Soak(None, [job], {job.id: [alone]})._same(job, 0, [told], seen)
+
+
+def test_a_pick_on_an_edge_may_fall_to_its_other_side():
+    assert common_with_an_edge(told=0, shift=2e-5) == 1
+    assert common_with_an_edge(told=1, shift=-1e-5) == 0
+
+
+@pytest.mark.parametrize(("told", "shift"), [(1, 1e-5), (1, -1e-2), (0, 1e-2)])
+def test_a_crowd_shows_in_a_token_that_its_logits_do_not_give_and_in_logits_that_differ_by_more_than_rounding(
+    told, shift
+):
+    with pytest.raises(AssertionError, match="job-7"):
+        common_with_an_edge(told, shift)
