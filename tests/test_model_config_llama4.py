@@ -102,10 +102,11 @@ def test_more_choices_than_experts_are_refused():
 
 
 def test_experts_are_stored_as_what_x_is_multiplied_by_and_dense_layers_have_their_own_width():
-    slots = all_slots(build({**TINY, "num_local_experts": 3, "moe_layers": [1]})).tensors
+    found = all_slots(build({**TINY, "num_local_experts": 3, "moe_layers": [1]}))
+    slots, stacks = found.tensors, found.stacks
 
-    assert slots["layers.1.feed_forward.experts.gate_up_proj"].shape == (3, 8, 12)
-    assert slots["layers.1.feed_forward.experts.down_proj"].shape == (3, 6, 8)
+    assert stacks["layers.1.feed_forward.experts.gate_up_proj"][0].others == ((3, 8, 12),)
+    assert stacks["layers.1.feed_forward.experts.down_proj"][0].others == ((3, 6, 8),)
     assert slots["layers.1.feed_forward.router.weight"].shape == (3, 8)
     assert slots["layers.1.feed_forward.shared_expert.up_proj.weight"].shape == (6, 8)
     assert slots["layers.0.feed_forward.up_proj.weight"].shape == (10, 8)

@@ -14,6 +14,7 @@ from inferfleet.workers.cli_chat import chat
 from inferfleet.workers.cli_login import login
 from inferfleet.workers.cli_options import DataDir, Json, Models, data_dir, named_models
 from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print_error
+from inferfleet.workers.cli_quantize import quantize
 
 #: The checkpoint that a checkout brings along.
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(login)
+app.command()(quantize)
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_models.app, name="models")

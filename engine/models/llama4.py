@@ -27,7 +27,6 @@ from inferfleet.engine.layers.linear import Linear
 from inferfleet.engine.layers.mlp import GatedMLP
 from inferfleet.engine.layers.norm import RMSNorm
 from inferfleet.engine.layers.rotary import Rotary, rope_fields
-from inferfleet.engine.layers.slots import Slot, Slots
 from inferfleet.engine.model_errors import BadModelConfig
 from inferfleet.engine.models.decoder import Decoder
 from inferfleet.engine.place import Place
@@ -112,19 +111,6 @@ class Attention(nn.Module):
         return rms_norm(turned, None, self.eps) if self.is_normed else turned
 
 
-class TransposedExperts(Experts):
-    """Experts whose checkpoint holds what x is multiplied by: gate and up as [E, H, 2I], down as [E, I, H]."""
-
-    def slots(self, name: str) -> Slots:
-        stacks = {"gate_up_proj": self._gate_up, "down_proj": self._down}
-        return Slots({f"{name}.{part}": _transposed(stack.whole_slot()) for part, stack in stacks.items()})
-
-
-def _transposed(plain: Slot) -> Slot:
-    count, outputs, inputs = plain.shape
-    return replace(plain, put=lambda stack: plain.put(stack.transpose(1, 2)), shape=(count, inputs, outputs))
-
-
 class SparseMLP(nn.Module):
     """x [T, H] -> the shared expert plus each token's chosen ones [T, H]."""
 
@@ -135,7 +121,7 @@ class SparseMLP(nn.Module):
         if self.top_k > count:
             raise BadModelConfig(f"{text.where}: num_experts_per_tok is {self.top_k}, more than the {count} experts")
         self.choice = Linear(hidden, {"router": count}, place=place.exact)
-        self.experts = TransposedExperts(count, hidden, width, "silu", place=place)
+        self.experts = Experts(count, hidden, width, "silu", place=place)
         self.shared_expert = GatedMLP(hidden, width, "silu", place=place)
 
     def forward(self, x: Tensor) -> Tensor:
