@@ -163,7 +163,7 @@ def load_model(
     family, model_class = find_family(config.architecture)
     scheme = read_scheme(config.raw)
     coded = quantization if scheme is None else scheme.name
-    _refuse_pairs(family, coded, quantization, slices)
+    refuse_pairs(family, coded, quantization, slices)
     refuse_unsplit(config.architecture, model_class, group.size)
     place = Place(config.dtype(dtype), _device(device, group), group, quantization)
     checkpoint = Checkpoint.open(folder)
@@ -191,7 +191,7 @@ def load_model(
     )
 
 
-def _refuse_pairs(family: str, coded: str | None, quantization: Kind | None, slices: SliceTable | None) -> None:
+def refuse_pairs(family: str, coded: str | None, quantization: Kind | None, slices: SliceTable | None) -> None:
     """Raises for settings that do not go together, or not with this model."""
     if slices is not None and family not in SLICED:
         raise LoadError(

@@ -21,7 +21,7 @@ from inferfleet.engine.cache_spec import CacheSpec, KeyValues, Latent, LayerKind
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.costs import CacheCosts, most
 from inferfleet.engine.errors import EngineError, LoadError
-from inferfleet.engine.families import find_family, refuse_unsplit
+from inferfleet.engine.families import find_family, refuse_pairs, refuse_unsplit
 from inferfleet.engine.group import Group
 from inferfleet.engine.headers import StoredWeights
 from inferfleet.engine.layers.slots import all_slots
@@ -37,6 +37,7 @@ from inferfleet.engine.sizing import (
     num_snapshots,
 )
 from inferfleet.engine.weights import Checkpoint, commit_of, local_folder
+from inferfleet.kernels.quantized import KINDS, Kind
 
 #: Where nothing else is said, a cache is laid out as the loader would with its own settings.
 USUAL = EngineSpec(path="")
@@ -72,6 +73,11 @@ class Needs:
     @property
     def costs(self) -> CacheCosts:
         return cache_costs(self.spec, self.dtype)
+
+    def stored_in(self, num_bytes: int) -> Needs:
+        """The same for coded weights, which stay about as large as they came: so many bytes, shared by the ranks."""
+        plain = self.num_weights * self.dtype.itemsize
+        return replace(self, weight_bytes=min(self.weight_bytes, num_bytes * self.weight_bytes // plain))
 
     def cache(self, tokens: int, seats: int, budget: int = 0) -> int:
         """A cache for one context of so many tokens that has so many seats: what the loader would lay out for it.
@@ -109,11 +115,11 @@ def find_sources(path: str, revision: str | None = None) -> Sources:
     return Sources(folder, config, None if local else hub.stored_weights(path, revision))
 
 
-def needs_of(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> Needs:
+def needs_of(config: ModelConfig, dtype: torch.dtype, ranks: int = 1, quantization: Kind | None = None) -> Needs:
     """Builds the model on the meta device: shapes only. LoadError for a number of ranks that cannot share it."""
     _, model_class = find_family(config.architecture)
     refuse_unsplit(config.architecture, model_class, ranks)
-    model = model_class(config.raw, place=Place(dtype, torch.device("meta"), RankOnPaper(ranks)))
+    model = model_class(config.raw, place=Place(dtype, torch.device("meta"), RankOnPaper(ranks), quantization))
     slots = all_slots(model).tensors.values()
     numbers = sum(math.prod(slot.shape) for slot in slots)
     return Needs(numbers, sum(slot.num_bytes for slot in slots), model.cache_spec, dtype)
@@ -128,15 +134,18 @@ def plan(
     max_model_len: int | None = None,
     max_num_seqs: int = 1,
     tensor_parallel_size: int = 1,
+    quantization: Kind | None = None,
 ) -> dict[str, Any]:
     """Everything as JSON; bytes are those of one GPU. Raises a LoadError."""
     sources = find_sources(path, revision)
     config = sources.config
     number = config.dtype(dtype)
-    needs = needs_of(config, number, tensor_parallel_size)
-    if sources.stored is not None and read_scheme(config.raw) is not None:
-        # Weights that come coded stay so, nearly all: what the files have is the better guess.
-        needs = replace(needs, weight_bytes=sources.stored.num_bytes // tensor_parallel_size)
+    scheme = read_scheme(config.raw)
+    coded = quantization if scheme is None else scheme.name
+    refuse_pairs(find_family(config.architecture)[0], coded, quantization, None)
+    needs = needs_of(config, number, tensor_parallel_size, quantization)
+    if scheme is not None and sources.stored is not None:
+        needs = needs.stored_in(sources.stored.num_bytes)
     weights: dict[str, Any] = {"numbers": needs.num_weights, "resident_bytes": needs.weight_bytes, "stored": None}
     if sources.stored is not None:
         weights["stored"] = asdict(sources.stored)
@@ -147,6 +156,7 @@ def plan(
         "architecture": config.architecture,
         "dtype": str(number).removeprefix("torch."),
         "max_positions": config.max_positions,
+        "quantization": coded,
         "max_num_seqs": max_num_seqs,
         "tensor_parallel_size": tensor_parallel_size,
         "weights": weights,
@@ -224,6 +234,7 @@ def main() -> int:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--max-num-seqs", type=int, default=1)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--quantization", choices=KINDS)
     options = vars(parser.parse_args())
     try:
         answer = {"plan": plan(options.pop("path"), **options)}

@@ -183,6 +183,17 @@ def quantise(weight: Tensor, kind: Kind) -> Quantized:
     return whole
 
 
+def quantised_bytes(outputs: int, inputs: int, kind: Kind) -> int:
+    """The memory of what `quantise` makes of such a weight."""
+    if kind == "int4":
+        return outputs * ((inputs + 1) // 2 + -(-inputs // _int4_group(inputs)) * (4 + 2))
+    return outputs * (inputs + 4)
+
+
+def _int4_group(inputs: int) -> int:
+    return INT4_GROUP if inputs >= INT4_SMALL_INPUTS else INT4_SMALL_GROUP
+
+
 def _to_int8(weight: Tensor) -> Quantized:
     scales = _scale(weight.abs().amax(dim=1, keepdim=True), 127)
     codes = (weight / scales).round_().clamp_(-127, 127).to(torch.int8)
@@ -197,7 +208,7 @@ def _to_fp8(weight: Tensor) -> Quantized:
 
 def _to_int4(weight: Tensor) -> Quantized:
     outputs, inputs = weight.shape
-    group = INT4_GROUP if inputs >= INT4_SMALL_INPUTS else INT4_SMALL_GROUP
+    group = _int4_group(inputs)
     groups = -(-inputs // group)
     short = groups * group - inputs
     # Zeros past the end change neither the smallest nor the largest number of a group: both include zero anyway.

@@ -86,6 +86,8 @@ def test_a_plan_as_json_is_whole(run, tiny):
     assert (code, found["max_num_seqs"], found["tensor_parallel_size"]) == (0, 4, 2)
     assert found["cache"]["bytes_per_token"] == 128  # of one of two ranks
     assert found["weights"]["stored"]["numbers"] == {"F32": found["weights"]["numbers"]}
+    _, out, _ = run(tiny, "--quantization", "int8")
+    assert " in float32 and int8: 48.32 thousand numbers in all" in facts(out)["weights"]
 
 
 def test_a_context_that_cannot_be_says_what_it_would_need(run, scout):
@@ -168,6 +170,7 @@ def test_what_cannot_be_planned_is_refused_in_a_few_lines(run, tiny, tmp_path, a
         (("--gpu-memory", "9" * 400), "is not a size"),
         (("--max-model-len", "0"), "--max-model-len"),
         (("--max-num-seqs", "none"), "--max-num-seqs"),
+        (("--quantization", "int3"), "--quantization"),
     ],
 )
 def test_a_wrong_option_is_a_wrong_command_line(run, tiny, arguments, words):

@@ -1,20 +1,22 @@
 """What a model needs, planned from its configuration alone, and that it is what the loader then finds."""
 
+import gc
 import json
 
 import pytest
 import torch
-from small_checkpoint import checkpoint
+from safetensors.torch import save_file
+from small_checkpoint import CONFIG, checkpoint
 from test_families import PUBLISHED
 from tiny_engine import CONTEXT, TinyModel, tiny_engine
 
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import load_model
-from inferfleet.engine.layers.matrix import Matrix, MatrixStack
-from inferfleet.engine.layers.slots import Storage, Weighted
+from inferfleet.engine.layers.slots import Weighted
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.plan import Needs, plan
 from inferfleet.engine.sizing import num_snapshots
+from inferfleet.kernels.quantized import KINDS, quantise, quantised_bytes
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 #: Worked out by hand from the published configurations: KiB of cache a token, beyond every window and chunk.
@@ -81,22 +83,51 @@ def test_weights_that_stay_in_float32_are_counted_as_such(tmp_path):
     assert found["resident_bytes"] - 2 * found["numbers"] == 2 * 2 * (256 * 7168 + 256)
 
 
-@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
-def test_the_weights_take_what_was_planned(tmp_path, monkeypatch, architecture):
+def tensors_alive():
+    """Memory of every tensor that there is in this process, by its address."""
+    gc.collect()
+    storages = [found.untyped_storage() for found in gc.get_objects() if type(found) is torch.Tensor]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}
+
+
+@pytest.mark.parametrize("quantization", [None, *KINDS])
+def test_the_weights_take_what_was_planned(tmp_path, monkeypatch, quantization):
     # Given a checkpoint and its plan,
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    checkpoint(tmp_path, architectures=[architecture], tie_word_embeddings=False, **experts)
-    found = plan(str(tmp_path))["weights"]
-    # when it is loaded but not packed,
+    checkpoint(tmp_path, architectures=["Qwen3MoeForCausalLM"], tie_word_embeddings=False, hidden_size=128, **experts)
+    planned = plan(str(tmp_path), quantization=quantization)["weights"]["resident_bytes"]
+    # when it is loaded but not packed for this machine,
     monkeypatch.setattr(Weighted, "pack", lambda layer: None)
-    model = load_model(str(tmp_path), device="cpu").model
-    # then that many bytes are there, and in its file.
-    layers = [vars(module) for module in model.modules() if isinstance(module, Weighted)]
-    values = [value for layer in layers for value in layer.values()]
-    storages = [value._plain if isinstance(value, Matrix | MatrixStack) else value for value in values]
-    held = [value.tensor if isinstance(value, Storage) else value for value in storages]
-    tensors = {t.data_ptr(): t.nbytes for t in held if isinstance(t, torch.Tensor)}
-    assert sum(tensors.values()) == found["resident_bytes"] == found["stored"]["num_bytes"]
+    monkeypatch.setattr(Weighted, "finalize", lambda layer: None)
+    before = tensors_alive()
+    model = load_model(str(tmp_path), device="cpu", quantization=quantization).model
+    taken = {address: size for address, size in tensors_alive().items() if address not in before}
+    # then that many bytes are there, beside a few for the positions.
+    assert model is not None
+    assert planned <= sum(taken.values()) < planned + 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs", [7, 33, 1023, 1024, 1500])
+def test_the_bytes_of_codes_are_known_before_a_weight_is_coded(kind, inputs):
+    assert quantised_bytes(5, inputs, kind) == quantise(torch.randn(5, inputs), kind).nbytes
+
+
+def test_a_coded_checkpoint_is_about_as_large_as_its_files(tmp_path):
+    # Given a checkpoint whose files hold a byte a weight, as its configuration says,
+    tensors = checkpoint(tmp_path)
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    coding = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": coding}))
+    found = plan(str(tmp_path))
+    # then that is what it takes, or half of it on each of two ranks.
+    weights = found["weights"]
+    assert found["quantization"].startswith("fp8")
+    assert weights["resident_bytes"] == weights["stored"]["num_bytes"] == weights["numbers"]
+    half = plan(str(tmp_path), tensor_parallel_size=2)["weights"]["resident_bytes"]
+    assert weights["numbers"] / 2 <= half < 0.51 * weights["numbers"]
+    with pytest.raises(UnsupportedModel, match="quantization int4 was asked for, but the checkpoint is fp8"):
+        plan(str(tmp_path), quantization="int4")
 
 
 def test_ranks_share_weights_and_cache(tmp_path, monkeypatch):

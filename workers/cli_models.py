@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,6 +64,9 @@ def plan(
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", min=1, help="GPUs that hold the model together.")
     ] = 1,
+    quantization: Annotated[
+        Literal["int8", "int4", "fp8"] | None, typer.Option("--quantization", help="What plain weights become.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), bfloat16 or float32.")] = "auto",
     revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit of the hub id.")] = None,
     json: Json = False,
@@ -78,6 +81,7 @@ def plan(
         "--max-num-seqs": str(max_num_seqs),
         "--tensor-parallel-size": str(tensor_parallel_size),
         "--dtype": dtype,
+        "--quantization": quantization,
         "--revision": revision,
     }
     found = _ask_planner([*(f"{name}={value}" for name, value in wanted.items() if value is not None), "--", path])
@@ -129,7 +133,9 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "family", f"{found['family']} ({found['architecture']})"
     if gpus > 1:
         yield "GPUs", f"{gpus}; all that follows but the files is what each of them holds"
-    yield "weights", f"{in_units(weights['resident_bytes'])} in {found['dtype']}: {_count(weights['numbers'])} in all"
+    coded = f" and {found['quantization']}" if found["quantization"] else ""
+    size = f"{in_units(weights['resident_bytes'])} in {found['dtype']}{coded}"
+    yield "weights", f"{size}: {_count(weights['numbers'])} in all"
     if stored := weights["stored"]:
         formats = ", ".join(sorted(stored["numbers"]))
         yield "files", f"{in_units(stored['num_bytes'])} of safetensors ({formats})"

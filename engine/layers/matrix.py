@@ -6,7 +6,6 @@ holds in full precision is the one tensor that the file gave last.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -18,7 +17,7 @@ from inferfleet.engine.layers.slots import Slot, Storage
 from inferfleet.engine.place import Place
 from inferfleet.engine.share import Dim, Share, cut, held, is_split, whole
 from inferfleet.kernels.linear import PackedLinear
-from inferfleet.kernels.quantized import Quantized, joined, quantise
+from inferfleet.kernels.quantized import Quantized, joined, quantise, quantised_bytes
 from inferfleet.kernels.quantized_linear import QuantizedLinear
 
 #: x [..., inputs] -> [..., outputs].
@@ -33,6 +32,13 @@ class Plain(Protocol):
     def tensor(self) -> Tensor: ...
 
     def take(self) -> Tensor: ...
+
+
+def num_bytes(outputs: int, inputs: int, place: Place) -> int:
+    """What a matrix of plain weights takes once it is here."""
+    if place.quantization is not None:
+        return quantised_bytes(outputs, inputs, place.quantization)
+    return outputs * inputs * place.dtype.itemsize
 
 
 class Matrix:
@@ -61,7 +67,7 @@ class Matrix:
         def put(part: Part) -> None:
             self.put(begin, cut(part, sizes) if isinstance(part, Tensor) else _share_of(part, *sizes))
 
-        shape, size = tuple(map(whole, sizes)), math.prod(map(held, sizes)) * self._place.dtype.itemsize
+        shape, size = tuple(map(whole, sizes)), num_bytes(held(sizes[0]), held(sizes[1]), self._place)
         return Slot(put, shape, takes_codes=True, quantization=self._place.quantization, num_bytes=size)
 
     def put(self, begin: int, part: Tensor | Quantized) -> None:
@@ -132,7 +138,7 @@ class MatrixStack:
             for matrix, part in zip(self.matrices, stack, strict=True):
                 matrix.put(0, cut(part, self.dims[1:]))
 
-        shape, size = tuple(map(whole, self.dims)), self._plain.num_bytes
+        shape, size = tuple(map(whole, self.dims)), self.shape[0] * num_bytes(*self.shape[1:], self._place)
         return Slot(put, shape, quantization=self._place.quantization, num_bytes=size)
 
     @property

@@ -40,7 +40,7 @@ class Slot:
     takes_codes: bool = False
     #: What a plain weight is coded as when it is put.
     quantization: Kind | None = None
-    #: What its part takes in memory here, plain, in the number format and the share that the layer keeps.
+    #: What a plain weight's part takes in memory here, in the number format and the share that the layer keeps.
     num_bytes: int = 0
 
     @classmethod
