@@ -1,12 +1,13 @@
-"""What the language models here share beside their layers: where weights go and when they are packed."""
+"""What the language models here share beside their layers: where weights go, when they are packed, and the head."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from inferfleet.engine.border import Border
+from inferfleet.engine.layers.embedding import Head
 from inferfleet.engine.layers.slots import Slots, Weight, Weighted, all_slots, fill
 
 
@@ -17,6 +18,9 @@ class Decoder(nn.Module):
     prefix = "model."
     #: Whether the model's layers take shares, so that several ranks can hold it together.
     can_split = False
+    #: The norm behind the last block, and the head that reads it: every family has both under these names.
+    norm: nn.Module
+    lm_head: Head
 
     @property
     def border(self) -> Border | None:
@@ -26,6 +30,8 @@ class Decoder(nn.Module):
     def skipped_tensors(self) -> Iterable[str]:
         """Regular expressions (whole names) of tensors that a checkpoint may hold and this model has no use for."""
         yield r".*\.rotary_emb\.inv_freq"  # old uploads stored what the configuration says
+        if self.lm_head.is_tied:
+            yield r"(language_model\.)?lm_head\.weight"  # some uploads of tied models hold the embedding again
 
     def load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         """Fills every weight from (checkpoint name, tensor); raises WeightsMismatch with all differences."""
@@ -40,6 +46,10 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Weighted):
                 module.pack()
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
+        return self.lm_head(self.norm(hidden))
 
     def _checkpoint_name(self, name: str) -> str:
         return name if name.startswith("lm_head.") else self.prefix + name

@@ -147,8 +147,6 @@ class DeepseekV3ForCausalLM(Decoder):
 
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"  # some uploads of tied models hold the head as well: the embedding again
         for index in range(len(self.layers), len(self.layers) + self.predicting_layers):
             yield rf"model\.layers\.{index}\..*"
 
@@ -159,7 +157,3 @@ class DeepseekV3ForCausalLM(Decoder):
         for layer in self.layers:
             branch, residual = layer(branch, residual, cos, sin, batch)
         return branch + residual
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        return self.lm_head(self.norm(hidden))

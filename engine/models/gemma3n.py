@@ -271,7 +271,7 @@ class Gemma3nForCausalLM(Decoder):
         return CacheSpec(tuple(KeyValues(kv_heads, d, Sight(plan.window)) for plan in owners))
 
     def skipped_tensors(self) -> Iterable[str]:
-        """The hub's files hold keys and values of layers that share others', and may hold the tied head."""
+        """The hub's files hold keys and values of layers that share others'."""
         yield from super().skipped_tensors()
         prefix = re.escape(self.prefix)
         resident = {plan.index for plan in self.resident}
@@ -282,8 +282,6 @@ class Gemma3nForCausalLM(Decoder):
                 yield rf"{prefix}layers\.{plan.index}\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+"
         if not self.config.has_correct_scale:
             yield rf"{prefix}layers\.\d+\.altup\.correct_output_scale"
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"
 
     def load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         super().load(self._trimmed(weights))
@@ -303,7 +301,7 @@ class Gemma3nForCausalLM(Decoder):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        logits = self.lm_head(self.norm(hidden))
+        logits = super().compute_logits(hidden)
         cap = self.config.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

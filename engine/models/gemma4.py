@@ -297,13 +297,11 @@ class Gemma4ForCausalLM(Decoder):
         )
 
     def skipped_tensors(self) -> Iterable[str]:
-        """The hub's files hold keys and values of layers that share others', and may hold the tied head."""
+        """The hub's files hold keys and values of layers that share others'."""
         yield from super().skipped_tensors()
         for plan in self.config.layers:
             if not plan.owns_kv:
                 yield rf"{re.escape(self.prefix)}layers\.{plan.index}\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+"
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm; meaningful at batch.logits_index."""
@@ -341,7 +339,7 @@ class Gemma4ForCausalLM(Decoder):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        logits = self.lm_head(self.norm(hidden))
+        logits = super().compute_logits(hidden)
         cap = self.config.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

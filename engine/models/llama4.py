@@ -188,11 +188,6 @@ class Llama4ForCausalLM(Decoder):
         kv_heads, d = self.num_kv_heads, self.shape.head_dim
         return CacheSpec(tuple(KeyValues(kv_heads, d, plan.sight) for plan in self.plans))
 
-    def skipped_tensors(self) -> Iterable[str]:
-        yield from super().skipped_tensors()
-        if self.lm_head.is_tied:
-            yield r"(language_model\.)?lm_head\.weight"  # some uploads of tied models hold the embedding again
-
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""
         cos, sin = self.rotary(positions)
@@ -201,10 +196,6 @@ class Llama4ForCausalLM(Decoder):
         for layer in self.layers:
             branch, residual = layer(branch, residual, angles, batch)
         return branch + residual
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        return self.lm_head(self.norm(hidden))
 
 
 class Llama4ForConditionalGeneration(Llama4ForCausalLM):

@@ -11,7 +11,7 @@ T tokens of a step, H hidden, V vocabulary, E experts, h query heads, k key/valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -149,11 +149,6 @@ class PhiMoEForCausalLM(Decoder):
         layer = KeyValues(self.num_kv_heads, self.shape.head_dim, Sight(window=self.window))
         return CacheSpec((layer,) * len(self.layers))
 
-    def skipped_tensors(self) -> Iterable[str]:
-        yield from super().skipped_tensors()
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"  # some uploads of tied models hold the head as well: the embedding again
-
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""
         cos, sin = self.rotary(positions, batch) if self.border else self.rotary(positions)
@@ -161,10 +156,6 @@ class PhiMoEForCausalLM(Decoder):
         for layer in self.layers:
             branch, residual = layer(branch, residual, cos, sin, batch)
         return branch + residual
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        return self.lm_head(self.norm(hidden))
 
 
 def _window(text: Fields) -> int | None:

@@ -5,7 +5,7 @@ T tokens of a step, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,11 +76,6 @@ class Qwen3ForCausalLM(Decoder):
         kv_heads, d = self.num_kv_heads, self.shape.head_dim
         return CacheSpec(tuple(KeyValues(kv_heads, d, Sight(window)) for window in self.windows))
 
-    def skipped_tensors(self) -> Iterable[str]:
-        yield from super().skipped_tensors()
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"  # some uploads of tied models hold the head as well: the embedding again
-
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""
         cos, sin = self.rotary(positions)
@@ -88,10 +83,6 @@ class Qwen3ForCausalLM(Decoder):
         for layer in self.layers:
             branch, residual = layer(branch, residual, cos, sin, batch)
         return branch + residual
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        return self.lm_head(self.norm(hidden))
 
 
 def layer_windows(text: Fields) -> tuple[int | None, ...]:

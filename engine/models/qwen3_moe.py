@@ -7,7 +7,7 @@ T tokens of a step, H hidden, V vocabulary, E experts, K chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,11 +105,6 @@ class Qwen3MoeForCausalLM(Decoder):
         layer = KeyValues(self.num_kv_heads, self.shape.head_dim, Sight(self.window))
         return CacheSpec((layer,) * len(self.layers))
 
-    def skipped_tensors(self) -> Iterable[str]:
-        yield from super().skipped_tensors()
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"  # some uploads of tied models hold the head as well: the embedding again
-
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""
         cos, sin = self.rotary(positions)
@@ -117,10 +112,6 @@ class Qwen3MoeForCausalLM(Decoder):
         for layer in self.layers:
             branch, residual = layer(branch, residual, cos, sin, batch)
         return branch + residual
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        return self.lm_head(self.norm(hidden))
 
 
 def num_experts(text: Fields) -> int:

@@ -274,8 +274,6 @@ class Qwen3NextForCausalLM(Decoder):
     def skipped_tensors(self) -> Iterable[str]:
         yield from super().skipped_tensors()
         yield r"mtp\..*"  # a layer more, which guesses the token after the next
-        if self.lm_head.is_tied:
-            yield r"lm_head\.weight"
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """[T] ids and positions -> hidden states [T, H] before the final norm."""
@@ -284,10 +282,6 @@ class Qwen3NextForCausalLM(Decoder):
         for layer in self.layers:
             branch, residual = layer(branch, residual, cos, sin, batch)
         return branch + residual
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] of `forward` -> float32 [N, V]. The final norm is here: only sampled rows need it."""
-        return self.lm_head(self.norm(hidden))
 
 
 def layer_kinds(text: Fields) -> tuple[str, ...]:
