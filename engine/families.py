@@ -43,7 +43,7 @@ FAMILIES = {
     "Llama4ForCausalLM": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForCausalLM"),
     "Llama4ForConditionalGeneration": ("llama4", "inferfleet.engine.models.llama4", "Llama4ForConditionalGeneration"),
     "PhiMoEForCausalLM": ("phimoe", "inferfleet.engine.models.phimoe", "PhiMoEForCausalLM"),
-    "PhimoeForCausalLM": ("phimoe", "inferfleet.engine.models.phimoe", "PhiMoEForCausalLM"),  # as transformers saves
+    "PhimoeForCausalLM": ("phimoe", "inferfleet.engine.models.phimoe", "PhimoeForCausalLM"),
     "Qwen3ForCausalLM": ("qwen3", "inferfleet.engine.models.qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": ("qwen3_moe", "inferfleet.engine.models.qwen3_moe", "Qwen3MoeForCausalLM"),
     "Qwen3NextForCausalLM": ("qwen3_next", "inferfleet.engine.models.qwen3_next", "Qwen3NextForCausalLM"),

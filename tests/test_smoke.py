@@ -78,7 +78,9 @@ def test_an_id_that_the_model_rules_out_is_no_fault(folder, monkeypatch):
     whole = engine.model.compute_logits
     ruled_out = torch.zeros(VOCAB).index_fill(0, torch.tensor([7]), float("-inf"))
     monkeypatch.setattr(engine.model, "compute_logits", lambda hidden: whole(hidden) + ruled_out)
+    before = engine.model.num_forwards
     tried(engine, folder)
+    assert engine.model.num_forwards == before + 2
 
 
 def test_a_forward_that_breaks_is_a_load_error_with_its_reason(folder):

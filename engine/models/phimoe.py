@@ -158,6 +158,10 @@ class PhiMoEForCausalLM(Decoder):
         return branch + residual
 
 
+class PhimoeForCausalLM(PhiMoEForCausalLM):
+    """The same model under the name that transformers saves it by."""
+
+
 def _window(text: Fields) -> int | None:
     """Keys that a token sees, in every layer; None where a window as long as the context hides nothing."""
     longest = text.integer("max_position_embeddings")
