@@ -13,20 +13,17 @@ import asyncio
 import json
 import os
 import platform
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import random_model
+from live import fleet
 
 WORDS = [
     "red",
@@ -52,7 +49,6 @@ WORDS = [
 ]
 #: The random models are no chat models; this one joins what was said.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-READY_SECONDS = 300
 FIRST_TOKEN_REPEATS = 15
 
 
@@ -87,37 +83,6 @@ def offline_child(path: str, jobs: int, max_tokens: int, salt: int) -> dict[str,
         llm.chat(chats(1, salt + 1000 + repeat), SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
         first.append(time.perf_counter() - started)
     return {"tokens_per_s": tokens / seconds, "first_token_ms": 1000 * statistics.median(first)}
-
-
-@contextmanager
-def fleet(path: str) -> Iterator[str]:
-    """`inferfleet up` on a free port with a Redis of its own; yields the API's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory(prefix="inferfleet-bench-") as folder:
-        command = [sys.executable, "-m", "inferfleet.workers.cli", "up", "--model", f"bench={path}"]
-        command += ["--port", str(port), "--data-dir", folder]
-        environment = {name: value for name, value in os.environ.items() if name != "INFERFLEET_REDIS_URL"}
-        up = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr, env=environment, cwd=folder)
-        try:
-            deadline = time.monotonic() + READY_SECONDS
-            while not ready(url):
-                if up.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("the fleet did not become ready; its log is above")
-                time.sleep(0.2)
-            yield url
-        finally:
-            up.send_signal(signal.SIGTERM)
-            up.wait(60)
-
-
-def ready(url: str) -> bool:
-    try:
-        return bool(httpx2.get(f"{url}/ready", trust_env=False, timeout=2).json().get("models"))
-    except httpx2.TransportError:
-        return False
 
 
 def body(messages: list[dict[str, str]], max_tokens: int, *, stream: bool = False) -> dict[str, Any]:
@@ -198,7 +163,7 @@ def compare(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, fl
     queued: list[dict[str, float]] = []
     for salt in range(options.passes):
         alone.append(offline(options, salt))
-        with fleet(options.path) as url:
+        with fleet({"bench": options.path}) as url:
             queued.append(asyncio.run(drive(url, options.jobs, options.max_tokens, salt)))
     return summary(alone), summary(queued)
 
