@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from inferfleet.tasks import calls, names, roster
 from inferfleet.tasks.calls import Call
-from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, body_hash, check_card, parse_chat, parse_job
+from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import InvalidRequest, ModelNotFound
 from inferfleet.tasks.job_object import Job, to_job_object
@@ -54,24 +54,25 @@ class Caller:
     max_queued: int = 10_000
 
 
-def as_job(request: JobRequest | ChatCompletionRequest | Mapping[str, Any]) -> JobRequest:
-    """A job, a chat body, or either as JSON values. Checked exactly as the HTTP API checks bytes."""
+def as_job(request: JobRequest | Body | Mapping[str, Any]) -> JobRequest:
+    """A job or a body, or as JSON values a job or a chat body: a body of another kind needs the job's url around it.
+    Checked exactly as the HTTP API checks bytes."""
     if isinstance(request, JobRequest):
         return request
-    if isinstance(request, ChatCompletionRequest):
-        return JobRequest.from_chat(request)
+    if isinstance(request, Body):
+        return JobRequest.from_body(request)
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"a request is a JSON object, not {type(request).__name__}")
     try:
         raw = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"the request is not JSON: {error}") from None
-    return parse_job(raw) if "body" in request else JobRequest.from_chat(parse_chat(raw))
+    return parse_job(raw) if "body" in request else JobRequest.from_body(parse_chat(raw))
 
 
 def _submit(
     caller: Caller,
-    request: JobRequest | ChatCompletionRequest | Mapping[str, Any],
+    request: JobRequest | Body | Mapping[str, Any],
     *,
     wait: bool = False,
     timeout: float | None = None,

@@ -13,7 +13,12 @@ STATES: tuple[State, ...] = get_args(State)
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "expired", "incomplete"})
 
 DELTA = "response.output_text.delta"
+PROGRESS = "job.progress"
+PREVIEW = "job.preview"
+OUTPUT = "job.output"
 CHAT_URL = "/v1/chat/completions"
+IMAGES_URL = "/v1/images/generations"
+EDITS_URL = "/v1/images/edits"
 
 
 def turn_queue(model: str, namespace: str = "inferfleet") -> str:

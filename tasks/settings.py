@@ -33,6 +33,31 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")]
 
 
+class ImageSettings(BaseModel):
+    """What only an image model has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Pictures that share one step of the transformer.
+    max_batch_size: int = Field(default=8, ge=1, le=256)
+    #: Largest width * height of a picture.
+    max_pixels: int = Field(default=2048 * 2048, ge=256, le=1 << 22)
+    #: Text encoders stay on the device, or on the host and come over for each new prompt.
+    encoders: Literal["resident", "offloaded"] = "resident"
+    #: Bytes of prompt embeddings that are kept for jobs with the same prompt; 0 = none.
+    prompt_cache_bytes: int = Field(default=256 << 20, ge=0)
+    #: Pictures of more pixels than this are decoded in tiles.
+    vae_tiling_pixels: int = Field(default=1536 * 1536, ge=1)
+    #: Name -> folder, file or hub id of a LoRA adapter for the transformer; jobs choose among them by name.
+    loras: dict[Annotated[str, Field(min_length=1, max_length=128)], Annotated[str, Field(min_length=1)]] = {}
+    #: The licence tag that you accept, where the model's licence has to be.
+    accept_licence: str | None = Field(default=None, min_length=1)
+    #: A quantised transformer whose pictures are further from full precision than this (dB) is refused ...
+    min_psnr: float = Field(default=25.0, ge=0, le=200, allow_inf_nan=False)
+    #: ... unless you allow it.
+    allow_low_psnr: bool = False
+
+
 class ModelSpec(BaseModel):
     """One model that workers serve."""
 
@@ -65,6 +90,8 @@ class ModelSpec(BaseModel):
     matformer_slice_name: str | None = Field(default=None, min_length=1)
     #: Load at the worker's start, not at the first job.
     eager: bool = True
+    #: Only of an image model, a folder in diffusers' layout.
+    image: ImageSettings | None = None
 
 
 class Settings(BaseSettings):
@@ -91,6 +118,8 @@ class Settings(BaseSettings):
     #: Waiting jobs a model; more are answered 429.
     max_queued: int = Field(default=10_000, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)
+    #: The same of POST /v1/images/edits, which carries a picture of up to 20 MiB, as a form or in base64.
+    max_edit_bytes: int = Field(default=28 << 20, ge=1024, le=256 << 20)
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)
@@ -161,7 +190,9 @@ def described(error: ValidationError) -> SettingsError:
 
 
 def nearest(name: str) -> str:
-    fields = ModelSpec.model_fields if name.startswith("models.") else Settings.model_fields
+    fields = Settings.model_fields
+    if name.startswith("models."):
+        fields = ImageSettings.model_fields if ".image." in name else ModelSpec.model_fields
     close = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -84,7 +84,7 @@ def carry(ledger, pieces=("y", "es")):
 def test_a_submitted_job_waits_and_one_turn_is_rung(client, ledger, redis_url):
     job = client.submit(CHAT)
     assert (job.status, job.model, job.queue_position) == ("queued", "m", 0)
-    assert claim(ledger).envelope == JobRequest.from_chat(parse_chat(json.dumps(CHAT).encode())).envelope()
+    assert claim(ledger).envelope == JobRequest.from_body(parse_chat(json.dumps(CHAT).encode())).envelope()
     (turn,) = turns(redis_url)
     assert turn["headers"]["task"] == names.TURN_TASK
     assert turn["content-type"] == "application/json"

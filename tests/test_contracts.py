@@ -303,9 +303,9 @@ def test_the_earlier_deadline_counts_in_milliseconds():
 
 def test_equal_requests_make_equal_envelopes_and_others_do_not():
     one = parse_job(b'{"body": {"model": "m", "messages": [{"content": "hi", "role": "user"}], "n": 1, "seed": null}}')
-    two = JobRequest.from_chat(parse_chat(body(n=1)))
+    two = JobRequest.from_body(parse_chat(body(n=1)))
     assert one.envelope() == two.envelope()
-    assert body_hash(one.envelope()) != body_hash(JobRequest.from_chat(parse_chat(body(n=2))).envelope())
+    assert body_hash(one.envelope()) != body_hash(JobRequest.from_body(parse_chat(body(n=2))).envelope())
 
 
 @settings(max_examples=50, deadline=None)
@@ -317,7 +317,7 @@ def test_equal_requests_make_equal_envelopes_and_others_do_not():
 )
 def test_an_envelope_reads_back_as_the_request_that_made_it(content, temperature, seed, stop):
     changes = {"messages": [{"role": "user", "content": content}], "temperature": temperature, "seed": seed}
-    job = JobRequest.from_chat(parse_chat(body(stop=stop, **changes)))
+    job = JobRequest.from_body(parse_chat(body(stop=stop, **changes)))
     assert parse_job(job.envelope()) == job
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from inferfleet.tasks.errors import SettingsError
-from inferfleet.tasks.settings import load_settings
+from inferfleet.tasks.settings import ImageSettings, load_settings
+from inferfleet.workers.host import engine_spec
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +107,31 @@ def test_a_password_in_a_bad_url_is_not_repeated(monkeypatch):
         load_settings()
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_an_image_models_own_settings_stand_under_it_and_reach_the_engine_as_a_dict(bare):
+    (bare / "inferfleet.toml").write_text(
+        '[models.flux]\npath = "/f"\n[models.flux.image]\naccept_licence = "x"\nloras = {ink = "/l"}\n'
+        '[models.chat]\npath = "/c"\n'
+    )
+    models = load_settings().models
+    spec = engine_spec(models["flux"])
+    assert spec["image"] == {**ImageSettings(accept_licence="x", loras={"ink": "/l"}).model_dump()}
+    assert "image" not in engine_spec(models["chat"])
+
+
+def test_the_image_settings_are_those_that_the_engine_knows():
+    from dataclasses import fields
+
+    from inferfleet.engine.diffusion.spec import SHARED, DiffusionSpec
+
+    known = {field.name: field for field in fields(DiffusionSpec)}
+    assert set(ImageSettings.model_fields) == set(known) - set(SHARED)
+    spec = DiffusionSpec.from_dict({"path": "/f", **ImageSettings().model_dump()})
+    assert spec == DiffusionSpec(path="/f")
+
+
+def test_a_misspelt_image_setting_is_refused_with_the_nearest(bare):
+    (bare / "inferfleet.toml").write_text('[models.flux]\npath = "/f"\n[models.flux.image]\nmax_batch = 1\n')
+    with pytest.raises(SettingsError, match=r"models.flux.image.max_batch; did you mean max_batch_size"):
+        load_settings()

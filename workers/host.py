@@ -1,6 +1,7 @@
 """The models of one worker, each in an engine process of its own. Knows no Redis, no Celery."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from inferfleet.tasks.settings import ModelSpec
 from inferfleet.workers.child import ENGINE_COMMAND
@@ -10,6 +11,12 @@ from inferfleet.workers.resident import LOAD_SECONDS, Resident
 
 #: What of a model's settings the engine process needs; the rest is the worker's.
 SPEC_FIELDS = set(ModelSpec.model_fields) - {"eager"}
+
+
+def engine_spec(spec: ModelSpec) -> dict[str, Any]:
+    """A model's settings as the engine process reads them; `image` is there only where it was set."""
+    values = spec.model_dump(include=SPEC_FIELDS)
+    return values if spec.image is not None else {name: value for name, value in values.items() if name != "image"}
 
 
 class Host:
@@ -29,7 +36,7 @@ class Host:
         self._residents = {
             model: Resident(
                 model,
-                spec.model_dump(include=SPEC_FIELDS),
+                engine_spec(spec),
                 command=command,
                 publisher=publisher,
                 on_change=on_change,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest
 from inferfleet.tasks.records import Claim
 from inferfleet.workers.flight import Choice, Flight, seed_of
 
@@ -20,6 +20,9 @@ def read_envelope(claim: Claim) -> JobRequest:
 def engine_request(claim: Claim, job: JobRequest, flight: Flight) -> dict[str, Any]:
     """The fields of the engine's `add`, without its id."""
     body = job.body
+    if not isinstance(body, ChatCompletionRequest):
+        image = {"seed": seed_of(claim.job_id), **body.painting()}
+        return {"priority": job.effective_priority, "image": image}
     template = body.chat_template_kwargs
     return {
         "messages": body.plain_messages(),

@@ -44,7 +44,7 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
     chat = await read_contract(request, use.settings.max_body_bytes, parse_chat)
     prefer = read_prefer(request.headers)
     await use.door.check(chat)
-    submitted = await accept(use, request.headers, JobRequest.from_chat(chat), tenant)
+    submitted = await accept(use, request.headers, JobRequest.from_body(chat), tenant)
     try:
         if prefer.wait_seconds is not None:
             record = await _at_most(request, use, submitted.job_id, tenant, prefer.wait_seconds)

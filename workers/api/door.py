@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from inferfleet.tasks import names
-from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, body_hash, check_card
+from inferfleet.tasks.contracts import Body, ChatCompletionRequest, JobRequest, body_hash, check_card
 from inferfleet.tasks.errors import ModelNotFound
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Submitted
@@ -29,11 +29,12 @@ class Door:
         self._cards: dict[str, Card] = {}
         self._cards_until = 0.0
 
-    async def check(self, request: ChatCompletionRequest) -> None:
+    async def check(self, request: Body) -> None:
         """Raises ModelNotFound, InvalidRequest or ContextLengthExceeded, each naming the field and the limit."""
         card = await self._card(request.model)
         check_card(request, card)
-        await self._counter.check(request, card.get("max_model_len"))
+        if isinstance(request, ChatCompletionRequest):
+            await self._counter.check(request, card.get("max_model_len"))
 
     async def submit(
         self, request: JobRequest, tenant: str, *, job_id: str | None = None, idempotency_key: str | None = None

@@ -1,0 +1,81 @@
+"""What every contract shares: strictness, the queue's options, and how a complaint becomes a typed error.
+
+Every number has a least and a greatest value and every list a length; an unknown field is refused by name. A request
+that exists is a valid one, so the worker and the engine need not ask again.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from inferfleet.tasks import strict_json
+from inferfleet.tasks.errors import InvalidRequest, UnsupportedFeature
+
+MAX_MODEL_NAME = 256
+MAX_SEED = 2**63 - 1
+MAX_METADATA = 16
+#: Year 2100, so that a deadline in milliseconds by mistake is refused.
+MAX_UNIX_SECONDS = 4_102_444_800
+MAX_TIMEOUT_SECONDS = 7 * 86400
+#: service_tier -> priority, where the request gives none. Lower runs first.
+TIERS: dict[str | None, int] = {"priority": -50, "default": 0, "auto": 0, "flex": 50, None: 0}
+
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_NAME)]
+UnixSeconds = Annotated[float, Field(ge=0, le=MAX_UNIX_SECONDS)]
+#: Lower runs first.
+Priority = Annotated[int, Field(ge=-100, le=100, description="lower runs first")]
+Timeout = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)]
+Tier = Literal["auto", "default", "flex", "priority"]
+User = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA),
+]
+
+
+class Contract(BaseModel):
+    """Strict: no text for a number, no true for 1, no field that is not written here."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
+
+
+C = TypeVar("C", bound=Contract)
+
+
+class QueueOptions(Contract):
+    """How a job waits. Lower priority runs first; without one the service_tier gives it."""
+
+    priority: Priority | None = None
+    service_tier: Tier | None = None
+    #: Unix seconds; a job that is not done by then expires.
+    deadline: UnixSeconds | None = None
+    metadata: Metadata | None = None
+
+
+def validated(contract: type[C], values: Any) -> C:
+    """JSON values -> contract, with the first complaint as a typed error."""
+    try:
+        return contract.model_validate(values)
+    except ValidationError as error:
+        raise described(error) from None
+
+
+def refused(message: str, field: str | None = None) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
+
+
+def unsupported(message: str, field: str | None = None) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{message}", {"message": message, "field": field})
+
+
+def described(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = first.get("ctx", {}).get("field")
+    path = [part for part in first["loc"] if not str(part).startswith("<")] + ([field] if field else [])
+    param = strict_json.dotted(tuple(part for part in path if part != "[key]"))
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field {param}", param=param)
+    message = first["msg"] if first["type"] in ("refused", "unsupported") else f"{param or 'body'}: {first['msg']}"
+    kind = UnsupportedFeature if first["type"] == "unsupported" else InvalidRequest
+    return kind(message, param=param)
