@@ -31,10 +31,12 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: int = _NO_DEFAULT, *, least: int = 1) -> int:
+    def integer(self, name: str, default: int = _NO_DEFAULT, *, least: int = 1, most: int | None = None) -> int:
         value = self._read(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise BadModelConfig(f"{self.where}: {name} must be an integer of at least {least}, not {value!r}")
+        if most is not None and value > most:
+            raise BadModelConfig(f"{self.where}: {name} must be at most {most}, not {value}")
         return value
 
     def number(self, name: str, default: float = _NO_DEFAULT) -> float:

@@ -60,9 +60,9 @@ class Checkpoint:
     files: tuple[Path, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Finds model.safetensors, or the shards that model.safetensors.index.json names; raises a ModelError."""
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    def open(cls, folder: Path, stem: str = "model") -> Checkpoint:
+        """Finds <stem>.safetensors, or the shards that <stem>.safetensors.index.json names; raises a ModelError."""
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file():
             return cls((single,))
         if index.is_file():
@@ -108,6 +108,10 @@ class TensorsByName:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the file's header has it."""
+        return tuple(self._places[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         try:
