@@ -16,6 +16,7 @@ from inferfleet.engine.batch import Batch
 from inferfleet.engine.border import Border
 from inferfleet.engine.cache_spec import CacheSpec
 from inferfleet.engine.config import ModelConfig, read_config
+from inferfleet.engine.diffusion.components import is_pipeline
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.group import ALONE, Group
 from inferfleet.engine.layers.slots import Weight
@@ -159,13 +160,15 @@ def load_model(
     clock, progress = _Clock(), progress or Progress()
     progress.begin("find")
     folder = find_folder(path, revision, progress)
+    if is_pipeline(folder):
+        raise UnsupportedModel(f"{path} is an image model, a pipeline of components; here a language model is wanted")
     config = read_config(folder)
     family, model_class = find_family(config.architecture)
     scheme = read_scheme(config.raw)
     coded = quantization if scheme is None else scheme.name
     refuse_pairs(family, coded, quantization, slices)
     refuse_unsplit(config.architecture, model_class, group.size)
-    place = Place(config.dtype(dtype), _device(device, group), group, quantization)
+    place = Place(config.dtype(dtype), find_device(device, group), group, quantization)
     checkpoint = Checkpoint.open(folder)
     clock.lap("find")
     cut = {} if slices is None else {"slices": slices}
@@ -207,8 +210,11 @@ def refuse_pairs(family: str, coded: str | None, quantization: Kind | None, slic
         )
 
 
-def _device(name: str, group: Group) -> torch.device:
-    """Rank r of a split model has the r-th GPU from the named one, or from the first, on."""
+def find_device(name: str, group: Group = ALONE) -> torch.device:
+    """The device of that name; CUDA for "auto" where there is some. UnsupportedModel for what this machine has not.
+
+    Rank r of a split model has the r-th GPU from the named one, or from the first, on.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,12 +1,12 @@
 """Fetches a model from the Hugging Face hub: its files, or its headers alone. Each refusal says what to do about it.
 
-It knows repositories and logins, not models. Only names of HUB_FILES are ever fetched, so no code and no pickle is.
+It knows repositories and logins, not models. Only names listed here are ever fetched, so no code and no pickle is.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,32 +29,74 @@ HUB_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+#: Says that the repository is an image pipeline, whose files lie in folders of their own.
+PIPELINE_INDEX = "model_index.json"
 #: What says how large a model is.
-CONFIG_FILES = ["config.json", "generation_config.json"]
+CONFIG_FILES = ("config.json", "generation_config.json", PIPELINE_INDEX)
+#: What of an image pipeline says whether it can be served: kilobytes, the licence's tag among them, and tokenizers.
+PIPELINE_CONFIG_FILES = (
+    PIPELINE_INDEX,
+    "README.md",
+    "LICENSE.md",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors.index.json",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model.safetensors.index.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer_2/special_tokens_map.json",
+    "tokenizer_2/tokenizer.json",
+    "tokenizer_2/tokenizer_config.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors.index.json",
+)
+#: Its weights. The same weights in the authors' own layout, at the repository's root, stay there.
+PIPELINE_WEIGHT_FILES = (
+    "text_encoder/model.safetensors",
+    "text_encoder/model-*.safetensors",
+    "text_encoder_2/model.safetensors",
+    "text_encoder_2/model-*.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/diffusion_pytorch_model-*.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model-*.safetensors",
+)
 LOGIN = "run `inferfleet login`, or set HF_TOKEN"
 
 
 def download(repo: str, revision: str | None = None, progress: Progress | None = None) -> Path:
-    """The folder of a repository's snapshot, fetched unless it is there. Raises a ModelError."""
-    # Imported here: a model in a local folder needs no HTTP client in its process.
-    from huggingface_hub import snapshot_download
+    """The folder of a repository's snapshot, with all of a text model, or with PIPELINE_INDEX alone of a pipeline.
 
-    with explained(repo, revision):
-        bar = _bar(progress or Progress())
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES), tqdm_class=bar))
-    if not any(folder.glob("*.safetensors")):
+    Raises a ModelError.
+    """
+    folder = fetch(repo, revision, (*HUB_FILES, PIPELINE_INDEX), progress)
+    if not any(folder.glob("*.safetensors")) and not (folder / PIPELINE_INDEX).is_file():
         _refuse_without_weights(repo, folder.name)
     return folder
 
 
 def download_config(repo: str, revision: str | None = None) -> Path:
     """The snapshot's folder with the configuration alone, unless more of it is there already. Raises a ModelError."""
+    return fetch(repo, revision, CONFIG_FILES)
+
+
+def fetch(repo: str, revision: str | None, files: Iterable[str], progress: Progress | None = None) -> Path:
+    """The folder of a repository's snapshot with those of its files that match, fetched unless they are there.
+
+    Raises a ModelError.
+    """
+    # Imported here: a model in a local folder needs no HTTP client in its process.
     from huggingface_hub import snapshot_download
 
     with explained(repo, revision):
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=CONFIG_FILES, tqdm_class=_bar(Progress()))
-        )
+        bar = _bar(progress or Progress())
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), tqdm_class=bar))
 
 
 def stored_weights(repo: str, revision: str | None = None) -> StoredWeights:
@@ -63,16 +105,37 @@ def stored_weights(repo: str, revision: str | None = None) -> StoredWeights:
     Raises ModelUnavailable, or UnsupportedModel for a repository without safetensors.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
-    with explained(repo, revision):
+    with explained(repo, revision), _undamaged(repo):
         try:
             files = get_safetensors_metadata(repo, revision=revision).files_metadata.values()
         except NotASafetensorsRepoError:
             _refuse_without_weights(repo, revision or "main")
             raise UnsupportedModel(f"{repo} holds no safetensors") from None
-        except SafetensorsParsingError as error:
-            raise ModelUnavailable(f"{repo} holds a damaged safetensors file: {_first_line(error)}") from error
+    return _summed(files)
+
+
+def stored_files(repo: str, revision: str | None, names: Iterable[str]) -> StoredWeights:
+    """As `stored_weights`, of these safetensors of the repository alone."""
+    from huggingface_hub import parse_safetensors_file_metadata
+
+    with explained(repo, revision), _undamaged(repo):
+        return _summed([parse_safetensors_file_metadata(repo, name, revision=revision) for name in names])
+
+
+@contextmanager
+def _undamaged(repo: str) -> Iterator[None]:
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        yield
+    except SafetensorsParsingError as error:
+        raise ModelUnavailable(f"{repo} holds a damaged safetensors file: {_first_line(error)}") from error
+
+
+def _summed(files: Iterable[Any]) -> StoredWeights:
+    """files: their headers as the hub's client reads them."""
     stored = StoredWeights()
     for tensor in (tensor for file in files for tensor in file.tensors.values()):
         stored.add(tensor.dtype, tensor.shape, tensor.data_offsets[1] - tensor.data_offsets[0])

@@ -24,11 +24,11 @@ _WORDS = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}
 class ClipTokenizer:
     """Prompts to ids for the short encoder: cut at its length, ended, and padded to it."""
 
-    def __init__(self, folder: Path) -> None:
-        """folder: tokenizer/ of a pipeline. Raises a ModelError."""
+    def __init__(self, folder: Path, most: int = CLIP_LENGTH) -> None:
+        """folder: tokenizer/ of a pipeline. most: tokens that the encoder has positions for. Raises a ModelError."""
         self._config = _config(folder)
         self._backend = _from_json(folder) if (folder / "tokenizer.json").is_file() else self._from_vocabulary(folder)
-        self.length = _length(folder, self._config, CLIP_LENGTH)
+        self.length = _length(folder, self._config, min(most, CLIP_LENGTH))
         bos, eos = self._special("bos_token", "<|startoftext|>"), self._special("eos_token", "<|endoftext|>")
         pad = self._special("pad_token", "<|endoftext|>")
         self.bos_id, self.eos_id, self.pad_id = (_id(self._backend, token, folder) for token in (bos, eos, pad))
