@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from inferfleet.engine.diffusion.components import Components, read_components
 from inferfleet.engine.diffusion.filling import load_module, unchanged, wanted
@@ -90,7 +91,7 @@ def load_pipeline(spec: DiffusionSpec, progress: Progress) -> Pipeline:
     place = Place(dtype, find_device(spec.device), quantization=spec.quantization)
     found = time.perf_counter()
     encoders = _Encoders(components, spec, place)
-    vae: Any = build_vae(components.vae, dtype)
+    vae = build_vae(components.vae, dtype)
     built = time.perf_counter()
     progress.begin("read", encoders.num_bytes + components.num_bytes_of("transformer", "vae"))
     prompts = encoders.load(progress)
@@ -143,8 +144,8 @@ def compute_dtype(wanted: str, checkpoint: Checkpoint) -> torch.dtype:
     return AUTO_DTYPES[most]
 
 
-def build_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
-    """On the meta device. BadModelConfig for a config that diffusers cannot build."""
+def build_vae(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """An AutoencoderKL on the meta device. BadModelConfig for a config that diffusers cannot build."""
     from diffusers import AutoencoderKL
 
     known = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -153,7 +154,8 @@ def build_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
             vae: Any = AutoencoderKL.from_config(known)
     except Exception as error:  # a wrong value may fail anywhere inside
         raise BadModelConfig(f"vae/config.json makes no AutoencoderKL: {error}") from error
-    return vae.to(dtype).eval().requires_grad_(False)
+    # torch's own cast: the class's would log a warning about weights that are to stay in float32, of which it has none.
+    return nn.Module.to(vae, dtype=dtype).eval().requires_grad_(False)
 
 
 class _Encoders:
