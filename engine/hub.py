@@ -5,6 +5,7 @@ It knows repositories and logins, not models. Only names listed here are ever fe
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ PIPELINE_WEIGHT_FILES = (
     "vae/diffusion_pytorch_model.safetensors",
     "vae/diffusion_pytorch_model-*.safetensors",
 )
+#: What a LoRA adapter is called where its author gave it no name.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+#: owner/name, or owner/name/file.safetensors.
+ADAPTER = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-][\w./-]*\.safetensors)?")
 LOGIN = "run `inferfleet login`, or set HF_TOKEN"
 
 
@@ -79,6 +84,34 @@ def download(repo: str, revision: str | None = None, progress: Progress | None =
     if not any(folder.glob("*.safetensors")) and not (folder / PIPELINE_INDEX).is_file():
         _refuse_without_weights(repo, folder.name)
     return folder
+
+
+def is_adapter(source: str) -> bool:
+    """Whether it is written as a hub id, with or without one of the repository's safetensors files behind it."""
+    return ADAPTER.fullmatch(source) is not None and ".." not in source
+
+
+def download_adapter(source: str) -> Path:
+    """The one safetensors file of `owner/name/file.safetensors`, or the folder of `owner/name` with what a LoRA adapter
+    consists of, fetched unless it is there. Raises a ModelError."""
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+
+    owner, name, *inside = source.split("/", 2)
+    repo = f"{owner}/{name}"
+    with explained(repo, None):
+        if inside:
+            return Path(hf_hub_download(repo, inside[0], tqdm_class=_bar(Progress())))
+        folder = Path(snapshot_download(repo, allow_patterns=list(ADAPTER_FILES), tqdm_class=_bar(Progress())))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        # Such repositories may hold a file for every thousand steps of the training: only an only one is fetched.
+        names = list_repo_files(repo, revision=folder.name)
+        found = [file for file in names if file.endswith(".safetensors") and "/" not in file]
+        if len(found) == 1:
+            return Path(hf_hub_download(repo, found[0], revision=folder.name, tqdm_class=_bar(Progress())))
+    if found:
+        raise UnsupportedModel(f"{repo} holds {len(found)} safetensors files; name one, as in {repo}/{found[0]}")
+    raise UnsupportedModel(f"{repo} holds no safetensors" + (f" ({why})" if (why := foreign_weights(names)) else ""))
 
 
 def download_config(repo: str, revision: str | None = None) -> Path:

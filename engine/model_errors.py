@@ -6,6 +6,7 @@ ModelError
 │   └── TermsNotAccepted  gated, and whoever is logged in has not been let in
 ├── UnsupportedModel      it can be read, but this engine does not run it (architecture, format, own code)
 ├── BadModelConfig        config.json lacks a field or holds a value that no such model can have
+├── BadAdapter            a LoRA adapter's file is damaged, of another kind, or made for another model
 └── WeightsMismatch       tensors are missing, unknown or of another shape than the configuration says
 """
 
@@ -41,6 +42,10 @@ class UnsupportedModel(ModelError):
 
 class BadModelConfig(ModelError):
     """A configuration file lacks a field or holds an impossible value."""
+
+
+class BadAdapter(ModelError):
+    """A LoRA adapter cannot be applied to the model; the message names the adapter and the tensor."""
 
 
 class WeightsMismatch(ModelError):

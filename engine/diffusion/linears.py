@@ -53,7 +53,7 @@ class Projection(Linear):
 
     def __init__(self, inputs: int, parts: Mapping[str, int], *, bias: bool, place: Place) -> None:
         super().__init__(inputs, parts, bias=bias, place=place)
-        self.inputs, self.parts = inputs, dict(parts)
+        self.inputs, self.parts, self.place = inputs, dict(parts), place
         self.deltas: Deltas | None = None
 
     def forward(self, x: Tensor) -> Tensor:
