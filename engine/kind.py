@@ -56,7 +56,7 @@ def _image_spec(values: Mapping[str, Any]) -> DiffusionSpec:
             raise LoadError(
                 f"{name} is {value!r}, but this is an image model: the setting is for language models", param=name
             )
-    image = values.get("image") or {}
+    image = {} if values.get("image") is None else values["image"]
     if not isinstance(image, Mapping):
         raise LoadError(f"image must be a table of settings, not {image!r}", param="image")
     twice = sorted(set(image) & set(SHARED))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: token -> user. Only grace has accepted the terms of the gated repository.
@@ -43,7 +42,7 @@ class FakeHub:
                 if status == 200 and (wanted := self.headers.get("Range")):
                     status, headers, content = part_of(wanted, headers, content)
                 if body and status < 300 and "/resolve/" in path:
-                    hub.fetched.append(Path(path).name)
+                    hub.fetched.append(name_in(path))
                     hub.sent += len(content)
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -97,10 +96,15 @@ class FakeHub:
         if "/tree/" in path:
             listing = [{"type": "file", "path": n, "size": len(c), "oid": _etag(c)} for n, c in files.items()]
             return 200, kind, json.dumps(listing).encode()
-        content = files.get(path.rpartition("/")[2])
+        content = files.get(name_in(path))
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         return 200, {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT}, content
+
+
+def name_in(path: str) -> str:
+    """The file's name in its repository: /owner/name/resolve/revision/folder/file -> folder/file."""
+    return path.partition("/resolve/")[2].partition("/")[2]
 
 
 def part_of(wanted: str, headers: dict[str, str], content: bytes) -> Answer:

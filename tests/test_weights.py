@@ -47,6 +47,7 @@ def test_a_hub_id_downloads_only_what_a_text_model_needs_and_every_failure_says_
     weights = save({"a": torch.ones(2)})
     files = {"config.json": b"{}", "model.safetensors": weights, "tokenizer.json": b"{ }"}
     unwanted = {"pytorch_model.bin": b"x", "modeling_tiny.py": b"x", "consolidated.safetensors": b"x", "a.gguf": b"x"}
+    unwanted |= {"README.md": b"x", "vae/diffusion_pytorch_model.safetensors": b"x"}
     with FakeHub(files | unwanted) as hub:
         # when models are asked for online,
         wanted = [("tiny/open", "main"), ("tiny/open", "v9"), ("tiny/pickled", None), ("tiny/busy", None)]

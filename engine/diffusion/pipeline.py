@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 #: Longest sequences that FLUX.1 schnell and dev were trained with.
 UNGUIDED_LENGTH, GUIDED_LENGTH = 256, 512
-#: The files' name of a number format -> what "auto" computes in: float16 loses FLUX's larger numbers, so it is only
-#: used where the spec says so.
+#: The files' name of a number format -> what "auto" computes in.
 AUTO_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.bfloat16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Beginnings of names in the layout of the model's authors, which the hub has as a single file.
@@ -98,7 +97,7 @@ def load_pipeline(spec: DiffusionSpec, progress: Progress) -> Pipeline:
     transformer = _load_transformer(components, place, progress)
     with _named("vae"):
         load_module(vae, components.checkpoints["vae"], place.device, progress)
-    loras = _load_loras(transformer, spec.loras, progress)
+    loras = _load_loras(transformer, spec.loras)
     read = time.perf_counter()
     seconds = {"find": found - started, "build": built - found, "read": read - built}
     return Pipeline(
@@ -130,10 +129,8 @@ def require_diffusers() -> None:
 
 def compute_dtype(wanted: str, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype to compute in: `wanted`, or for "auto" that of most of the checkpoint's numbers."""
-    if wanted in DTYPES:
-        return DTYPES[wanted]
     if wanted != "auto":
-        raise LoadError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {wanted!r}", param="dtype")
+        return DTYPES[wanted]
     numbers = stored_weights(checkpoint.files).numbers
     most = max(numbers, key=numbers.__getitem__, default="none")
     if most not in AUTO_DTYPES:
@@ -218,10 +215,10 @@ def _load_transformer(components: Components, place: Place, progress: Progress) 
         return load_transformer(components.transformer, progress.counted(wanted(tensors, unchanged)), place)
 
 
-def _load_loras(transformer: FluxTransformer2DModel, loras: Mapping[str, str], progress: Progress) -> LoraBank:
+def _load_loras(transformer: Any, loras: Mapping[str, str]) -> LoraBank:
     from inferfleet.engine.diffusion.lora import load_loras
 
-    return load_loras(transformer, loras, progress)
+    return load_loras(transformer, loras)
 
 
 @contextmanager

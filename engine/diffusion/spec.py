@@ -9,6 +9,8 @@ from typing import Any, Literal
 from inferfleet.engine.errors import LoadError
 from inferfleet.kernels.quantized import KINDS, Kind
 
+#: "auto" is the checkpoint's own, but never float16, which FLUX's larger numbers leave.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: Settings that an image model shares with text models.
 SHARED = ("path", "revision", "dtype", "device", "quantization", "threads")
 
@@ -45,16 +47,24 @@ class DiffusionSpec:
     allow_low_psnr: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("threads", "max_batch_size", "max_pixels", "vae_tiling_pixels"):
+        least = {"threads": 1, "max_batch_size": 1, "max_pixels": 1, "vae_tiling_pixels": 1, "prompt_cache_bytes": 0}
+        for name, limit in least.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= limit
+            if not is_count and not (name == "threads" and value is None):
+                raise LoadError(f"{name} must be a whole number of at least {limit}, not {value!r}", param=name)
         if self.quantization not in (None, *KINDS):
             raise LoadError(
                 f"quantization must be one of {', '.join(KINDS)}, not {self.quantization!r}", param="quantization"
             )
         if self.encoders not in ("resident", "offloaded"):
             raise LoadError(f"encoders must be resident or offloaded, not {self.encoders!r}", param="encoders")
+        if self.dtype not in DTYPES:
+            raise LoadError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}", param="dtype")
+        if not isinstance(self.loras, Mapping) or not all(
+            isinstance(at, str) for pair in self.loras.items() for at in pair
+        ):
+            raise LoadError(f"loras must map names to folders, files or hub ids, not {self.loras!r}", param="loras")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:

@@ -62,21 +62,20 @@ class ClipTokenizer:
         backend.normalizer = normalizers.Sequence(steps)
         words_only = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([words_only, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        try:
-            backend.add_special_tokens(self._added(unknown))
-        except (TypeError, ValueError) as error:
-            where = folder / "tokenizer_config.json"
-            raise BadModelConfig(f"{where}: added_tokens_decoder cannot be used: {error}") from error
+        backend.add_special_tokens(self._added(unknown, folder))
         return backend
 
-    def _added(self, unknown: str) -> list[AddedToken]:
+    def _added(self, unknown: str, folder: Path) -> list[AddedToken]:
         """The tokens that are found in a text before anything else, in the order of their ids."""
-        listed = self._config.get("added_tokens_decoder")
-        found = sorted(listed.items(), key=lambda item: int(item[0])) if isinstance(listed, dict) else []
-        tokens = [AddedToken(**{"special": True, **token}) for _, token in found]
+        listed = self._config.get("added_tokens_decoder") or {}
+        try:
+            tokens = [_added_token(listed[key]) for key in sorted(listed, key=int)]
+        except (TypeError, ValueError, KeyError) as error:
+            where = folder / "tokenizer_config.json"
+            raise BadModelConfig(f"{where}: added_tokens_decoder must map ids to tokens: {error!r}") from error
         known = {token.content for token in tokens}
-        named = [self._special(name, "<|endoftext|>") for name in ("eos_token", "pad_token")]
-        named = [self._special("bos_token", "<|startoftext|>"), unknown, *named]
+        named = [self._special("bos_token", "<|startoftext|>"), unknown]
+        named += [self._special(name, "<|endoftext|>") for name in ("eos_token", "pad_token")]
         return tokens + [AddedToken(text, special=True) for text in dict.fromkeys(named) if text not in known]
 
 
@@ -147,6 +146,12 @@ def _content(token: Any) -> str | None:
     """The text of a special token, which files write as a string or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
+
+
+def _added_token(said: dict[str, Any]) -> AddedToken:
+    """As tokenizer_config.json describes one. Raises KeyError or TypeError."""
+    flags = {name: bool(said[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in said}
+    return AddedToken(said["content"], special=bool(said.get("special", True)), **flags)
 
 
 def _id(backend: tokenizers.Tokenizer, token: str, folder: Path) -> int:
