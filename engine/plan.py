@@ -20,6 +20,8 @@ from inferfleet.engine import headers, hub
 from inferfleet.engine.cache_spec import CacheSpec, KeyValues, Latent, LayerKind
 from inferfleet.engine.config import ModelConfig, read_config
 from inferfleet.engine.costs import CacheCosts, most
+from inferfleet.engine.diffusion.components import is_pipeline
+from inferfleet.engine.diffusion.plan import plan_pipeline
 from inferfleet.engine.errors import EngineError, LoadError
 from inferfleet.engine.families import find_family, refuse_pairs, refuse_unsplit
 from inferfleet.engine.group import Group
@@ -105,14 +107,12 @@ class Needs:
         return each * (seats + num_snapshots(each, budget, seats)) if each else 0
 
 
-def find_sources(path: str, revision: str | None = None) -> Sources:
-    """A local folder, or a hub id of which only configuration and headers are fetched. Raises a ModelError."""
-    local = local_folder(path)
-    folder = local or hub.download_config(path, revision)
+def find_sources(folder: Path, repo: str | None, revision: str | None) -> Sources:
+    """Of a local folder, or of one with a repository's configuration, whose headers are fetched. A ModelError."""
     config = read_config(folder)
     if files := _files(folder):
         return Sources(folder, config, headers.stored_weights(files))
-    return Sources(folder, config, None if local else hub.stored_weights(path, revision))
+    return Sources(folder, config, None if repo is None else hub.stored_weights(repo, revision))
 
 
 def needs_of(config: ModelConfig, dtype: torch.dtype, ranks: int = 1, quantization: Kind | None = None) -> Needs:
@@ -137,7 +137,14 @@ def plan(
     quantization: Kind | None = None,
 ) -> dict[str, Any]:
     """Everything as JSON; bytes are those of one GPU. Raises a LoadError."""
-    sources = find_sources(path, revision)
+    local = local_folder(path)
+    folder = local or hub.download_config(path, revision)
+    if is_pipeline(folder):
+        _refuse_text_settings(max_model_len, max_num_seqs, tensor_parallel_size)
+        return plan_pipeline(
+            path, folder, is_remote=local is None, dtype=dtype, gpu_memory=gpu_memory, quantization=quantization
+        )
+    sources = find_sources(folder, None if local else path, revision)
     config = sources.config
     number = config.dtype(dtype)
     scheme = read_scheme(config.raw)
@@ -150,6 +157,7 @@ def plan(
     if sources.stored is not None:
         weights["stored"] = asdict(sources.stored)
     facts: dict[str, Any] = {
+        "kind": "text",
         "path": path,
         "commit": commit_of(sources.folder),
         "family": find_family(config.architecture)[0],
@@ -174,6 +182,17 @@ def plan(
             "usual": {"max_num_seqs": _seats(), "longest_context": longest[_seats()]},
         }
     return facts
+
+
+def _refuse_text_settings(max_model_len: int | None, max_num_seqs: int, tensor_parallel_size: int) -> None:
+    """LoadError for what only a plan of a language model knows."""
+    told = {
+        "max_model_len": max_model_len is not None,
+        "max_num_seqs": max_num_seqs != 1,
+        "tensor_parallel_size": tensor_parallel_size != 1,
+    }
+    for name in (name for name, is_told in told.items() if is_told):
+        raise LoadError(f"{name} is set, but this is an image model: the setting is for language models", param=name)
 
 
 def _seats() -> int:

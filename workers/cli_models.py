@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from inferfleet.tasks.errors import SetupError
+from inferfleet.workers.cli_image_plan import image_problem, image_rows
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client
-from inferfleet.workers.cli_output import EXIT_ERROR, err, print_facts, print_json, print_table
+from inferfleet.workers.cli_output import EXIT_ERROR, err, in_numbers, print_facts, print_json, print_table
 from inferfleet.workers.loading import Loading, in_units
 
 app = typer.Typer(help="List the models that the fleet serves, or plan one.", invoke_without_command=True)
@@ -74,6 +75,7 @@ def plan(
     """What a model's weights and contexts take, how long a context fits and how many of them; before it is served.
 
     With --gpu-memory the exit status says whether it can be served, with --max-model-len a context of that length.
+    Of an image model it is the weights of its parts, and what they leave for pictures.
     """
     wanted = {
         "--gpu-memory": None if gpu_memory is None else str(parse_size(gpu_memory)),
@@ -88,8 +90,8 @@ def plan(
     if json:
         print_json(found)
     else:
-        print_facts(_rows(found))
-    if problem := _problem(found, max_model_len):
+        print_facts(image_rows(found) if found["kind"] == "image" else _rows(found))
+    if problem := image_problem(found) if found["kind"] == "image" else _problem(found, max_model_len):
         err.print(problem, markup=False)
         raise typer.Exit(EXIT_ERROR)
 
@@ -135,7 +137,7 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "GPUs", f"{gpus}; all that follows but the files is what each of them holds"
     coded = f" and {found['quantization']}" if found["quantization"] else ""
     size = f"{in_units(weights['resident_bytes'])} in {found['dtype']}{coded}"
-    yield "weights", f"{size}: {_count(weights['numbers'])} in all"
+    yield "weights", f"{size}: {in_numbers(weights['numbers'])} in all"
     if stored := weights["stored"]:
         formats = ", ".join(sorted(stored["numbers"]))
         yield "files", f"{in_units(stored['num_bytes'])} of safetensors ({formats})"
@@ -161,11 +163,6 @@ def _seats(found: dict[str, Any]) -> str:
 
 def _gpus(count: int) -> str:
     return "a GPU" if count == 1 else f"{count} GPUs"
-
-
-def _count(numbers: int) -> str:
-    size, unit = (1e9, "billion") if numbers >= 1e9 else (1e6, "million") if numbers >= 1e6 else (1e3, "thousand")
-    return f"{numbers / size:.2f} {unit} numbers"
 
 
 def _costs(layer: dict[str, Any]) -> str:

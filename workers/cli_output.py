@@ -64,6 +64,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     _print(table)
 
 
+def in_numbers(count: int) -> str:
+    """A count of weights for a person: `11.90 billion numbers`."""
+    size, unit = (1e9, "billion") if count >= 1e9 else (1e6, "million") if count >= 1e6 else (1e3, "thousand")
+    return f"{count / size:.2f} {unit} numbers"
+
+
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Names and what there is to say of each; on a narrow terminal that goes on in further lines."""
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -27,13 +27,13 @@ from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.diffusion.tokenizers import ClipTokenizer, T5Tokenizer
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.families import find_device
-from inferfleet.engine.headers import stored_weights
+from inferfleet.engine.headers import StoredWeights, stored_weights
 from inferfleet.engine.model_errors import BadModelConfig, UnsupportedModel, WeightsMismatch
 from inferfleet.engine.models.clip_text import ClipText
 from inferfleet.engine.models.t5_encoder import T5Encoder
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
-from inferfleet.engine.weights import Checkpoint, commit_of, find_folder
+from inferfleet.engine.weights import commit_of, find_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -86,7 +86,7 @@ def load_pipeline(spec: DiffusionSpec, progress: Progress) -> Pipeline:
     licence.refuse_unaccepted(spec.accept_licence)
     schedule = ScheduleConfig.from_json(components.scheduler)
     require_diffusers()
-    dtype = compute_dtype(spec.dtype, components.checkpoints["transformer"])
+    dtype = compute_dtype(spec.dtype, stored_weights(components.checkpoints["transformer"].files))
     place = Place(dtype, find_device(spec.device), quantization=spec.quantization)
     found = time.perf_counter()
     encoders = _Encoders(components, spec, place)
@@ -127,12 +127,11 @@ def require_diffusers() -> None:
         raise LoadError(f"image models need {' and '.join(missing)}: pip install 'inferfleet[image]'")
 
 
-def compute_dtype(wanted: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype to compute in: `wanted`, or for "auto" that of most of the checkpoint's numbers."""
+def compute_dtype(wanted: str, transformer: StoredWeights) -> torch.dtype:
+    """The dtype to compute in: `wanted`, or for "auto" that of most of the transformer's numbers."""
     if wanted != "auto":
         return DTYPES[wanted]
-    numbers = stored_weights(checkpoint.files).numbers
-    most = max(numbers, key=numbers.__getitem__, default="none")
+    most = max(transformer.numbers, key=transformer.numbers.__getitem__, default="none")
     if most not in AUTO_DTYPES:
         raise UnsupportedModel(
             f"the transformer's weights are stored as {most}; this engine reads {', '.join(AUTO_DTYPES)} and codes"
