@@ -27,7 +27,7 @@ from inferfleet.tasks.errors import (
     NotTerminal,
     QueueFull,
 )
-from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Submitted, Swept
+from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept
 
 T = TypeVar("T")
 Arg = str | bytes | int | float
@@ -54,7 +54,7 @@ PRINTABLE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 RECORD_FIELDS = (
     "state", "tenant", "model", "endpoint", "custom_id", "priority", "deadline_ms", "created_ms", "queued_ms",
     "started_ms", "claimed_ms", "finished_ms", "attempts", "deaths", "fence", "worker", "dead_letter", "error",
-    "usage", "metrics", "metadata", "response",
+    "usage", "metrics", "metadata", "outputs", "progress", "response",
 )  # fmt: skip
 LIST_FIELDS = RECORD_FIELDS[:-1]
 
@@ -179,7 +179,7 @@ def record(job_id: str, fields: Sequence[str], values: Sequence[bytes | None], *
     raw = {name: value or None for name, value in zip(fields, values, strict=True)}
     data: dict[str, Any] = {"response": None, **extra}
     for name, value in raw.items():
-        if name in ("error", "usage", "metrics", "metadata"):
+        if name in ("error", "usage", "metrics", "metadata", "outputs", "progress"):
             data[name] = from_json(value)
         elif name.endswith("_ms") or name in ("priority", "attempts", "deaths", "fence"):
             data[name] = integer(value)
@@ -269,16 +269,21 @@ def beat(worker: str, jobs: Sequence[tuple[str, int]], lease_ms: int) -> Call[di
 
 
 def publish(job_id: str, fence: int, events: Iterable[Mapping[str, Any]], token: str) -> Call[Beat]:
-    """Append events to a running job's log, once for each token; numbers are given by the ledger."""
+    """Append events to a running job's log, once for each token; numbers are given by the ledger. The last progress
+    among them is kept in the job's record too."""
     if " " in token:
         raise ValueError("a token holds no space")
+    events = list(events)
+    told = [event for event in events if event["type"] == names.PROGRESS][-1:]
+    progress = to_json({"step": told[0]["step"], "steps": told[0]["steps"]}) if told else ""
 
     def parse(answer: bytes) -> Any:
         if answer == b"full":
             raise EventLogFull(f"a job may publish at most {MAX_EVENTS} events")
         return text(answer)
 
-    return Call("publish", (job_id, fence, token, MAX_EVENTS, *(to_json(event) for event in events)), parse)
+    said = [to_json(event) for event in events]
+    return Call("publish", [job_id, fence, token, MAX_EVENTS, progress, *said], parse)
 
 
 def complete(
@@ -290,12 +295,18 @@ def complete(
     error: Mapping[str, Any] | None = None,
     usage: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    outputs: Sequence[Output] = (),
+    keep: Sequence[str] = (),
 ) -> Call[Done]:
-    """End a running job and write its terminal event. A cancelling job ends as cancelled whatever is asked."""
+    """End a running job and write its terminal event. A cancelling job ends as cancelled whatever is asked.
+
+    outputs: the files of a job that completes. keep: keys of files in this Redis, which then live as long as the job;
+    if the job ends otherwise, or the fence is stale, they are deleted.
+    """
     if state not in names.TERMINAL:
         raise ValueError(f"state must be one of {sorted(names.TERMINAL)}, not {state!r}")
-    args = (job_id, fence, state, opt(response), to_json(error), to_json(usage), to_json(metrics))
-    return Call("complete", args, as_word)
+    texts = (to_json(value) for value in (error, usage, metrics, list(outputs) or None))
+    return Call("complete", [job_id, fence, state, opt(response), *texts, *keep], as_word)
 
 
 def as_word(answer: bytes) -> Any:

@@ -11,7 +11,9 @@
     │   └── UnsupportedMediaType         415 unsupported_media_type
     ├── NotFound
     │   ├── ModelNotFound                404 model_not_found
-    │   └── JobNotFound                  404 job_not_found
+    │   ├── JobNotFound                  404 job_not_found
+    │   └── OutputNotFound               404 output_not_found
+    ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
     │   ├── AlreadyTerminal              409 already_terminal
@@ -32,7 +34,8 @@
         ├── EngineError                  500 engine_error
         ├── OutOfMemory                  500 out_of_memory
         ├── NumericalError               500 nan_logits
-        └── EventLogFull                 500 event_log_full
+        ├── EventLogFull                 500 event_log_full
+        └── ResultTooLarge               500 result_too_large
 
 A class's docstring is its message where none is given.
 """
@@ -133,6 +136,18 @@ class JobNotFound(NotFound):
     """There is no job with this id."""
 
     code = "job_not_found"
+
+
+class OutputNotFound(NotFound):
+    """There is no file with this id, or it was deleted with its job."""
+
+    code = "output_not_found"
+
+
+class OutputDamaged(FleetError):
+    """The stored file is not what was written."""
+
+    code = "output_damaged"
 
 
 class Conflict(FleetError):
@@ -267,6 +282,12 @@ class EventLogFull(JobFailed):
     """The job published more events than one job's log may hold."""
 
     code = "event_log_full"
+
+
+class ResultTooLarge(JobFailed):
+    """The files that the job made are larger than one job may keep."""
+
+    code = "result_too_large"
 
 
 def error_classes(root: type[FleetError] = FleetError) -> Iterator[type[FleetError]]:

@@ -33,14 +33,21 @@ class JobError(BaseModel):
 
 
 class Output(BaseModel):
-    """A file that a job made."""
+    """A picture that a job made."""
 
     id: str
+    #: Which of the n pictures.
+    index: int
     content_type: str
     size_bytes: int
+    #: "sha256:" and hexadecimal digits.
     hash: str
-    url: str
-    url_expires_at: int
+    width: int
+    height: int
+    seed: int
+    #: Where it can be fetched without a key, and until when; only where an API shows the job.
+    url: str | None = None
+    url_expires_at: int | None = None
 
 
 class Metrics(BaseModel):
@@ -119,9 +126,14 @@ class Job(BaseModel):
 
 
 def to_job_object(
-    record: JobRecord, *, base_url: str = "", max_attempts: int = 3, result_ttl_seconds: float | None = None
+    record: JobRecord,
+    *,
+    base_url: str = "",
+    max_attempts: int = 3,
+    result_ttl_seconds: float | None = None,
 ) -> Job:
-    """A record as users see it. `base_url` goes in front of the urls; without result_ttl_seconds no expires_at."""
+    """A record as users see it. `base_url` goes in front of the urls; without result_ttl_seconds no expires_at. The
+    urls of its files are the API's to fill in: it signs them."""
     ended = seconds(record.finished_ms)
     expires = None if ended is None or result_ttl_seconds is None else int(ended + result_ttl_seconds)
     return Job(
@@ -140,14 +152,14 @@ def to_job_object(
         priority=record.priority,
         queue_position=record.queue_position,
         eta_seconds=None if record.eta_ms is None else record.eta_ms / 1000,
-        progress=100 if record.state == "completed" else None,
-        progress_detail=None,
+        progress=percent_of(record),
+        progress_detail=None if record.progress is None else Progress.model_validate(record.progress),
         attempts=record.attempts,
         max_attempts=max_attempts,
         dead_letter=record.dead_letter,
         response=response_of(record),
         error=None if record.error is None else JobError.model_validate(record.error),
-        outputs=[],
+        outputs=[Output.model_validate(output) for output in record.outputs or ()],
         usage=record.usage,
         metrics=metrics_of(record),
         metadata=record.metadata or {},
@@ -157,6 +169,14 @@ def to_job_object(
 
 def seconds(ms: int | None) -> int | None:
     return None if ms is None else ms // 1000
+
+
+def percent_of(record: JobRecord) -> int | None:
+    """Whole percent, rounded down; None while nothing was told."""
+    if record.state == "completed":
+        return 100
+    told = record.progress
+    return None if told is None else min(100, 100 * told["step"] // max(1, told["steps"]))
 
 
 def response_of(record: JobRecord) -> Response | None:

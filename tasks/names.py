@@ -1,5 +1,6 @@
 """Names that two parts must agree on: tasks, queues, states, events, ids. Knows no values that a user may set."""
 
+import re
 import uuid
 from typing import Literal, get_args
 
@@ -39,6 +40,17 @@ def new_job_id() -> str:
 def request_id(job_id: str) -> str:
     """The `req_...` id that a job's response carries."""
     return f"req_{job_id.removeprefix('job_')}"
+
+
+def output_id(job_id: str, fence: int, index: int) -> str:
+    """The id of a file that one run of a job makes, which is its key in the store too: another run writes another."""
+    return f"out_{job_id.removeprefix('job_')}_{fence}_{index}"
+
+
+def job_of_output(output: str) -> str | None:
+    """The job whose file this may be; None for what is no id of a file."""
+    found = re.fullmatch(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}", output)
+    return f"job_{found[1]}" if found else None
 
 
 def is_terminal_event(event_type: str) -> bool:

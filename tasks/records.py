@@ -9,7 +9,10 @@ from inferfleet.tasks import names
 Event = dict[str, Any]
 Beat = Literal["ok", "cancel", "stale"]
 Lost = Literal["requeued", "dead", "cancelled", "expired", "stale"]
-Done = Literal["done", "same", "stale"]
+#: missing: a file that the job's end names is not there (any more).
+Done = Literal["done", "same", "stale", "missing"]
+#: A file as the job's record holds it: id, index, content_type, size_bytes, hash ("sha256:..."), width, height, seed.
+Output = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class JobRecord:
     usage: dict[str, Any] | None
     metrics: dict[str, Any] | None
     metadata: dict[str, str] | None
+    #: The files that it made, of a completed job.
+    outputs: list[Output] | None = None
+    #: How far the present run is, as it last told: {"step", "steps"}.
+    progress: dict[str, int] | None = None
     #: Jobs ahead of this one in its model's queue; None unless it waits.
     queue_position: int | None = None
     #: Milliseconds until its turn at the present pace; None where no pace is known.

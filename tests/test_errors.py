@@ -19,6 +19,8 @@ CODES = {
     "unsupported_media_type": 415,
     "model_not_found": 404,
     "job_not_found": 404,
+    "output_not_found": 404,
+    "output_damaged": 500,
     "idempotency_key_reuse": 409,
     "already_terminal": 409,
     "not_terminal": 409,
@@ -36,6 +38,7 @@ CODES = {
     "out_of_memory": 500,
     "nan_logits": 500,
     "event_log_full": 500,
+    "result_too_large": 500,
 }
 
 

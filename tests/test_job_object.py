@@ -103,3 +103,22 @@ def test_a_waiting_job_shows_its_place_and_when_its_turn_comes_once_a_pace_is_kn
     # then the pace is that half second, and the idle years count for nothing
     assert job.queue_position == 1
     assert 1.0 <= job.eta_seconds < 60
+
+
+OUTPUT = {"id": "out_1", "index": 0, "content_type": "image/png", "size_bytes": 3, "hash": "sha256:00", "width": 16,
+          "height": 32, "seed": 7}  # fmt: skip
+
+
+def test_a_running_job_shows_how_far_it_is_and_a_completed_one_its_files(ledger):
+    submit(ledger)
+    fence = claim(ledger).fence
+    ledger.publish("job_1", fence, [{"type": "job.progress", "step": 2, "steps": 3}], "t")
+    job = to_job_object(ledger.get("job_1"))
+    assert (job.progress, job.progress_detail.step, job.progress_detail.steps) == (66, 2, 3)
+    # when it completes
+    ledger.complete("job_1", fence, state="completed", outputs=[OUTPUT])
+    record = ledger.get("job_1")
+    assert [output.model_dump() for output in to_job_object(record).outputs] == [
+        OUTPUT | {"url": None, "url_expires_at": None}
+    ]
+    assert to_job_object(record).progress == 100

@@ -10,7 +10,8 @@ from ledger_moves import FAR, PAST, delta
 
 from inferfleet.tasks.errors import AlreadyTerminal, Conflict, NotQueued, NotTerminal
 from inferfleet.tasks.ledger import Ledger
-from inferfleet.tasks.names import DELTA, TERMINAL
+from inferfleet.tasks.names import DELTA, PROGRESS, TERMINAL, output_id
+from inferfleet.tasks.stores import RedisStore
 
 MODELS = ("m", "n")
 MAX_DEATHS = 2
@@ -34,6 +35,9 @@ class Twin:
     token: str = ""
     deltas: list[str] = field(default_factory=list)
     ended_by: int | None = None
+    progress: int | None = None
+    #: Files of a job that completed.
+    files: list[str] = field(default_factory=list)
 
     @property
     def held(self):
@@ -48,6 +52,7 @@ class Twin:
 
     def take_back(self, died):
         self.fence += 1
+        self.progress = None
         if died:
             self.deaths += 1
         else:
@@ -66,6 +71,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self, url):
         super().__init__()
         self.ledger = Ledger.from_url(url, f"machine{next(numbers)}")
+        self.store = RedisStore(self.ledger, 60)
         self.twins: dict[str, Twin] = {}
         self.calls = 0
 
@@ -121,11 +127,13 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = self.pick(data)
         twin, token = self.twins[job_id], self.fresh()
         for _ in range(2 if twice else 1):
-            answer = self.ledger.publish(job_id, twin.fence - behind, [delta(token)], token)
+            told = {"type": PROGRESS, "step": self.calls, "steps": 1000}
+            answer = self.ledger.publish(job_id, twin.fence - behind, [delta(token), told], token)
             good = twin.held and not behind
             assert answer == (("cancel" if twin.state == "cancelling" else "ok") if good else "stale")
         if good:
             twin.deltas.append(token)
+            twin.progress = self.calls
 
     @precondition(lambda self: self.twins)
     @rule(data=st.data(), behind=st.sampled_from([0, 0, 1]), long=st.booleans())
@@ -140,15 +148,33 @@ class LedgerMachine(RuleBasedStateMachine):
             assert answer == {job_id: "stale"}
 
     @precondition(lambda self: self.twins)
-    @rule(data=st.data(), behind=st.sampled_from([0, 0, 1]), state=st.sampled_from(sorted(TERMINAL)))
-    def complete(self, data, behind, state):
+    @rule(
+        data=st.data(),
+        behind=st.sampled_from([0, 0, 1]),
+        state=st.sampled_from([*sorted(TERMINAL), "completed"]),
+        files=st.integers(0, 2),
+        lost=st.sampled_from([False, False, True]),
+    )
+    def complete(self, data, behind, state, files, lost):
         job_id = self.pick(data)
         twin = self.twins[job_id]
         fence = twin.fence - behind
-        answer = self.ledger.complete(job_id, fence, state=state, response=b"{}")
+        keys = [output_id(job_id, fence, index) for index in range(files)]
+        if not (twin.state in TERMINAL and fence == twin.ended_by):  # a key is never written again
+            for key in keys[: files - lost]:
+                self.store.put(key, key.encode(), "image/png")
+        end = {"state": state, "response": b"{}", "outputs": [{"id": key} for key in keys], "keep": keys}
+        answer = self.ledger.complete(job_id, fence, **end)
         if twin.held and not behind:
+            ends_as = "cancelled" if twin.state == "cancelling" else state
+            if lost and files and ends_as == "completed":
+                assert answer == "missing"
+                self.store.forget(keys)
+                return
             assert answer == "done"
-            twin.end("cancelled" if twin.state == "cancelling" else state)
+            twin.end(ends_as)
+            twin.files = keys if twin.state == "completed" else []
+            assert self.ledger.complete(job_id, fence, **end) == "same"
         else:
             assert answer == ("same" if twin.state in TERMINAL and fence == twin.ended_by else "stale")
 
@@ -242,6 +268,8 @@ class LedgerMachine(RuleBasedStateMachine):
             record = self.ledger.get(job_id)
             assert (record.state, record.fence, record.deaths) == (twin.state, twin.fence, twin.deaths)
             assert record.attempts == twin.attempts
+            assert (record.progress and record.progress["step"]) == twin.progress
+            assert [output["id"] for output in record.outputs or ()] == twin.files
 
     @invariant()
     def every_log_is_whole_and_ends_once(self):
@@ -252,6 +280,13 @@ class LedgerMachine(RuleBasedStateMachine):
             assert [event["delta"] for event in log if event["type"] == DELTA] == twin.deltas
             ends = [event["type"] for event in log if event["type"].removeprefix("job.") in TERMINAL]
             assert ends == ([f"job.{twin.state}"] if twin.state in TERMINAL else [])
+
+    @invariant()
+    def only_files_of_completed_jobs_are_there_and_they_stay(self):
+        redis, prefix = self.ledger.redis, self.ledger.prefix + "output:"
+        there = {key.decode().removeprefix(prefix) for key in redis.scan_iter(prefix + "*")}
+        assert there == {key for twin in self.twins.values() for key in twin.files}
+        assert all(redis.pttl(prefix + key) == -1 for key in there)
 
     @invariant()
     def indexes_agree_with_the_records(self):

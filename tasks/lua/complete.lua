@@ -1,11 +1,15 @@
--- End a running job, with its terminal event. Writes job, running, leases, finished, in:*, events, pace.
--- ARGV: id, fence, state, response, error, usage, metrics ('' = absent)
--- Answers done | same | stale
+-- End a running job, with its terminal event. Writes job, running, leases, finished, in:*, events, pace, output:*.
+-- ARGV: id, fence, state, response, error, usage, metrics, outputs JSON ('' = absent), then keys of files in this Redis
+-- Answers done | same | stale | missing (one of the files is not there; nothing was changed)
+-- Files of a job that completes live as long as the job; those of any other end, and of a stale fence, are deleted.
+local files = {unpack(ARGV, 9)}
 local job = load(ARGV[1])
-if not job then return 'stale' end
 local fence, state = ARGV[2], ARGV[3]
-if TERMINAL[job.state] then return job.done_fence == fence and 'same' or 'stale' end
-if not held(job, fence) then return 'stale' end
+if job and TERMINAL[job.state] and job.done_fence == fence then return 'same' end
+if not job or not held(job, fence) then
+  drop_files(files)
+  return 'stale'
+end
 
 local result = {response = ARGV[4], error = ARGV[5], usage = ARGV[6], metrics = ARGV[7]}
 if job.state == 'cancelling' then
@@ -14,6 +18,15 @@ if job.state == 'cancelling' then
 elseif state == 'cancelled' and overdue(job) then
   -- beat and publish told the worker to stop, and nobody but the clock had asked for it.
   state, result.error = 'expired', ERRORS.deadline_exceeded
+end
+if state == 'completed' then
+  for _, key in ipairs(files) do
+    if redis.call('EXISTS', P .. 'output:' .. key) == 0 then return 'missing' end
+  end
+  for _, key in ipairs(files) do redis.call('PERSIST', P .. 'output:' .. key) end
+  result.outputs, result.output_keys = ARGV[8], table.concat(files, ' ')
+else
+  drop_files(files)
 end
 finish(job, state, result)
 pace(job)

@@ -1,5 +1,5 @@
--- Append events to the log of a running job, once for each token. Writes events and job (next_seq, published).
--- ARGV: id, fence, token, max_events, then the events as JSON objects
+-- Append events to the log of a running job, once for each token. Writes events and job (next_seq, published, progress).
+-- ARGV: id, fence, token, max_events, progress JSON ('' = as it was), then the events as JSON objects
 -- Answers ok | cancel | stale | full
 local job = load(ARGV[1])
 if not job or not held(job, ARGV[2]) then return 'stale' end
@@ -13,11 +13,12 @@ local known = false
 for _, seen in ipairs(tokens) do known = known or seen == token end
 
 if not known then
-  if tonumber(job.next_seq) + #ARGV - 4 > tonumber(ARGV[4]) then return 'full' end
-  for i = 5, #ARGV do emit(job, ARGV[i]) end
+  if tonumber(job.next_seq) + #ARGV - 5 > tonumber(ARGV[4]) then return 'full' end
+  for i = 6, #ARGV do emit(job, ARGV[i]) end
   tokens[#tokens + 1] = token
   if #tokens > KEPT then table.remove(tokens, 1) end
   redis.call('HSET', job.key, 'published', table.concat(tokens, ' '))
+  if ARGV[5] ~= '' then redis.call('HSET', job.key, 'progress', ARGV[5]) end
 end
 if job.state == 'cancelling' or overdue(job) then return 'cancel' end
 return 'ok'

@@ -9,6 +9,7 @@
 --   leases                zset    id -> ms at which the claim is lost
 --   deadlines             zset    id -> ms at which a waiting job expires
 --   finished              zset    id -> ms of the end
+--   output:<key>          string  a file that a run of a job made; dies by itself unless `complete` keeps it
 --   ended                 stream  the last thousand ends or so, field id: one reader serves all who wait for ends
 --   jobs:<tenant>         zset    id -> seq, every job
 --   in:<state>:<tenant>   zset    id -> seq, the jobs in one state
@@ -122,30 +123,36 @@ local function unclaim(job)
   redis.call('ZREM', P .. 'leases', job.id)
 end
 
+local function drop_files(keys)
+  for _, key in ipairs(keys) do redis.call('UNLINK', P .. 'output:' .. key) end
+end
+
 local function or_null(json)
   if json == nil or json == '' then return 'null' end
   return json
 end
 
--- The only way into a terminal state. `result` holds JSON texts: response, error, usage, metrics.
+-- The only way into a terminal state. `result` holds JSON texts: response, error, usage, metrics, outputs; and
+-- output_keys, the keys of its files in this Redis with a space between them.
 local function finish(job, state, result)
   if job.state == 'queued' then unqueue(job) else unclaim(job) end
   local fence = job.fence
   move(job, state)
   redis.call('HSET', job.key, 'finished_ms', whole(NOW), 'done_fence', fence, 'response', result.response or '',
     'error', result.error or '', 'usage', result.usage or '', 'metrics', result.metrics or '',
-    'dead_letter', result.dead_letter or '')
+    'dead_letter', result.dead_letter or '', 'outputs', result.outputs or '', 'output_keys', result.output_keys or '')
   redis.call('ZADD', P .. 'finished', whole(NOW), job.id)
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 1000, '*', 'id', job.id)
   emit(job, '{"type":"job.' .. state .. '","status":"' .. state .. '","error":' .. or_null(result.error) ..
-    ',"usage":' .. or_null(result.usage) .. '}')
+    ',"usage":' .. or_null(result.usage) ..
+    ((result.outputs or '') ~= '' and ',"outputs":' .. result.outputs or '') .. '}')
 end
 
 -- A claim that ends without a result: the fence moves at once, so the old holder can change nothing any more.
 local function take_back(job)
   unclaim(job)
   job.fence = whole(tonumber(job.fence) + 1)
-  redis.call('HSET', job.key, 'fence', job.fence)
+  redis.call('HSET', job.key, 'fence', job.fence, 'progress', '')
 end
 
 local function requeue(job, reason)
@@ -184,6 +191,9 @@ local function pace(job)
 end
 
 local function purge(job)
+  local files = {}
+  for key in string.gmatch(redis.call('HGET', job.key, 'output_keys') or '', '%S+') do files[#files + 1] = key end
+  drop_files(files)
   redis.call('UNLINK', job.key, P .. 'events:' .. job.id)
   if job.idem ~= '' then redis.call('DEL', P .. 'idem:' .. job.idem) end
   redis.call('ZREM', P .. 'jobs:' .. job.tenant, job.id)
