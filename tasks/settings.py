@@ -115,6 +115,8 @@ class Settings(BaseSettings):
     #: Lost workers after which a job is a dead letter.
     max_deaths: int = Field(default=3, ge=1, le=100)
     result_ttl_seconds: Seconds = 86400
+    #: Of all pictures of one job.
+    max_result_bytes: int = Field(default=256 << 20, ge=1 << 20, le=1 << 32)
     #: Waiting jobs a model; more are answered 429.
     max_queued: int = Field(default=10_000, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)

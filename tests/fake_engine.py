@@ -5,6 +5,8 @@ last message: `tokens=N` (answer length), `step=S` (seconds a step while it runs
 token N), `exit_once=FILE` and `hang_once=FILE` (at token 3, unless FILE exists, which it makes). The path of the model
 obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds), `parts=N` (told so many times),
 `slices=A,B` (what its card offers). A request for a slice is answered as if its seed were "slice:seed".
+
+With `image` in its path it is an image model: see fake_pictures.py.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from fake_pictures import DEFAULT_SIZE, DEFAULT_STEPS, Painting
 
 STEP_SECONDS = 0.002
 MAX_MODEL_LEN = 4096
@@ -40,6 +44,8 @@ def options_of(words):
 
 class Answer:
     """One running request."""
+
+    num_rows = 1
 
     def __init__(self, message):
         self.id = message["id"]
@@ -125,10 +131,24 @@ class FakeEngine:
         if "die" in options:
             os._exit(7)
         self.max_num_seqs = message["spec"]["max_num_seqs"]
-        card = {"max_model_len": MAX_MODEL_LEN, "vocab_size": 65536, "max_token_bytes": 5, "family": "fake",
-                "architecture": "Fake", "dtype": "none", "device": message["spec"]["device"], "kv_cache_tokens": 1,
+        if "image" in options:
+            return self.load_image(message["spec"])
+        card = {"kind": "text", "max_model_len": MAX_MODEL_LEN, "vocab_size": 65536, "max_token_bytes": 5,
+                "family": "fake", "architecture": "Fake", "dtype": "none", "device": message["spec"]["device"],
+                "kv_cache_tokens": 1,
                 "load_seconds": {}, "matformer_slices": options["slices"].split(",") if "slices" in options else [],
                 "matformer_slice": None}  # fmt: skip
+        self.send(op="ready", card=card)
+        return True
+
+    def load_image(self, spec):
+        self.max_num_seqs = (spec.get("image") or {}).get("max_batch_size", 8)
+        card = {"kind": "image", "family": "flux", "architecture": "FluxPipeline", "guided": False,
+                "licence": "apache-2.0", "commit": None, "dtype": "none", "device": spec["device"],
+                "quantization": None, "loras": ["ink"], "default_size": DEFAULT_SIZE, "default_steps": DEFAULT_STEPS,
+                "default_guidance": None, "max_sequence_length": 256, "max_pixels": 1 << 20, "max_side": 4096,
+                "multiple_of": 16, "max_steps": 100, "max_batch_size": self.max_num_seqs,
+                "load_seconds": {}}  # fmt: skip
         self.send(op="ready", card=card)
         return True
 
@@ -145,7 +165,7 @@ class FakeEngine:
             if message["id"] in self.running:
                 self.running[message["id"]].cancelled = True
         elif message["op"] == "add":
-            added = Answer(message)
+            added = Painting(message) if "image" in message else Answer(message)
             if "fail" in added.options:
                 error = {"id": added.id, "code": "nan_logits", "message": "scripted", "param": None}
                 self.say(errors=[error])
@@ -153,7 +173,11 @@ class FakeEngine:
                 self.running[added.id] = added
 
     def step(self):
-        batch = list(self.running.values())[: self.max_num_seqs]
+        batch, room = [], self.max_num_seqs
+        for running in self.running.values():
+            if running.num_rows <= room or not batch:
+                batch.append(running)
+                room -= running.num_rows
         time.sleep(max((answer.step_seconds for answer in batch), default=0))
         deltas, finished = [], []
         for running in batch:

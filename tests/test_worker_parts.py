@@ -19,9 +19,10 @@ from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.app import FleetRequest, make_app
 from inferfleet.workers.cards import card_of
+from inferfleet.workers.chat_flight import ChatFlight
 from inferfleet.workers.checks import Standing, check_redis, complaints_about
 from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, pinned
-from inferfleet.workers.flight import Ending, Flight, seed_of
+from inferfleet.workers.flight import Ending, seed_of
 from inferfleet.workers.gate import Gate
 from inferfleet.workers.loading import Loading
 from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
@@ -80,7 +81,7 @@ def test_who_is_turned_away_at_the_gate_leaves_no_trace():
 
 
 def test_a_flight_merges_what_is_said_between_two_flushes_by_choice():
-    flight = Flight("job_1", 3, "m")
+    flight = ChatFlight("job_1", 3, "m")
 
     first = flight.absorb(delta("a", token_ids=[1]))
     flight.absorb(delta("x", index=1, token_ids=[7]))
@@ -95,7 +96,7 @@ def test_a_flight_merges_what_is_said_between_two_flushes_by_choice():
 
 
 def test_a_batch_in_doubt_is_sent_again_as_it_was():
-    flight = Flight("job_1", 3, "m")
+    flight = ChatFlight("job_1", 3, "m")
     flight.absorb(delta("a"))
 
     in_doubt = flight.outgoing()
@@ -113,14 +114,14 @@ def test_a_flight_starts_from_what_was_published():
         {"type": "response.output_text.delta", "index": 0, "delta": "ab", "token_ids": [1, 2], "logprobs": None},
     ]
 
-    flight = Flight("job_1", 4, "m", published=published)
+    flight = ChatFlight("job_1", 4, "m", published=published)
     flight.absorb(delta("c", token_ids=[3]))
 
     assert flight.resume()["0"]["text"] == "abc" and flight.num_new_tokens == 1
 
 
 def test_the_first_ending_of_a_flight_counts():
-    flight = Flight("job_1", 1, "m")
+    flight = ChatFlight("job_1", 1, "m")
 
     assert flight.end(Ending.STALE) and not flight.end(Ending.FINISHED)
     assert flight.ending is Ending.STALE
@@ -140,7 +141,7 @@ def test_the_publisher_repeats_until_the_ledger_answers_and_then_ends_the_flight
             raise errors.LedgerUnavailable("away")
         return ["ok"] * len(batch)
 
-    flight = Flight("job_1", 1, "m")
+    flight = ChatFlight("job_1", 1, "m")
     publisher = Publisher(publish, cancel=lambda flight: None)
     flight.absorb(delta("a"))
     flight.finish({"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0})
@@ -155,7 +156,7 @@ def test_the_publisher_repeats_until_the_ledger_answers_and_then_ends_the_flight
 def test_a_flight_that_may_not_publish_ends_and_is_cancelled_in_the_engine(word, ending):
     cancelled = []
     publisher = Publisher(lambda batch: [word], cancelled.append)
-    flight = Flight("job_1", 1, "m")
+    flight = ChatFlight("job_1", 1, "m")
     flight.absorb(delta("a"))
     publisher.touch([flight], urgent=True)
 
@@ -170,7 +171,7 @@ def test_a_flight_that_cannot_be_published_takes_no_other_with_it():
             raise UnicodeEncodeError("utf-8", "bad", 0, 1, "surrogates not allowed")
         return ["ok"] * len(batch)
 
-    good, bad = Flight("job_1", 1, "m"), Flight("job_2", 1, "m")
+    good, bad = ChatFlight("job_1", 1, "m"), ChatFlight("job_2", 1, "m")
     publisher = Publisher(publish, cancel=lambda flight: None)
     for flight, words in ((good, "good"), (bad, "bad")):
         flight.absorb(delta(words))
@@ -184,7 +185,7 @@ def test_a_flight_that_cannot_be_published_takes_no_other_with_it():
 
 def test_a_resumed_flight_that_is_stopped_before_the_engine_still_counts_what_was_published():
     event = {"type": "response.output_text.delta", "index": 0, "delta": "ab", "token_ids": [1, 2], "logprobs": None}
-    flight = Flight("job_1", 2, "m", published=[event])
+    flight = ChatFlight("job_1", 2, "m", published=[event])
     flight.finish({})
 
     usage = usage_of(flight)

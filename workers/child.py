@@ -4,6 +4,7 @@ The wire is a socketpair with one JSON document a message (no pickle, so nothing
 run code here). End of file means that the other side died; both sides take it as "go away".
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -144,6 +145,13 @@ class EngineChild:
             yield message
         self._wire.close()
 
+    def step_back(self, niceness: int) -> None:
+        """Run the process at lower priority than this one, on a scale of 19: its threads, and those that they start."""
+        niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+        for thread in _threads_of(self.pid):
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
     def kill(self) -> None:
         """SIGKILL: works on a stopped and on a hung process too. `receive` then ends."""
         self._process.kill()
@@ -180,6 +188,14 @@ class EngineChild:
                 self._wire.send_bytes(data)
             except OSError:
                 return
+
+
+def _threads_of(pid: int) -> list[int]:
+    """Linux keeps a priority for each thread; elsewhere the process has one."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except FileNotFoundError:
+        return [pid]
 
 
 def pinned(device: str, env: Mapping[str, str], num_devices: int = 1) -> tuple[dict[str, str], str]:

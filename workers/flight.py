@@ -1,18 +1,17 @@
-"""One claimed job on its way through an engine: what was said so far, what is still to publish, how it ended.
+"""One claimed job on its way through an engine: what is still to publish, and how it ended.
 
-Knows no Redis and no process: the engine's side calls `absorb`, `finish` and `fail`, the publisher calls `outgoing` and
-`published`, the turn waits for `ended`. The event log is the truth of what was published, so a flight starts from it.
+Knows no Redis and no process: the engine's side calls `absorb`, `finish` and `end`, the publisher calls `outgoing` and
+`published`, the turn waits for `ended`. What an engine says of a job depends on its kind: see ChatFlight, ImageFlight.
 """
 
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-from inferfleet.tasks import names
 
 Event = dict[str, Any]
 
@@ -34,27 +33,6 @@ class Ending(Enum):
     RELEASED = "released"
 
 
-@dataclass
-class Choice:
-    """One of a job's n answers, as far as it got."""
-
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[dict[str, Any]] | None = None
-    finish_reason: str | None = None
-
-    def extend(self, piece: Mapping[str, Any]) -> None:
-        self.token_ids.extend(piece["token_ids"])
-        self.text += piece["delta"]
-        if piece["logprobs"] is not None:
-            self.logprobs = (self.logprobs or []) + piece["logprobs"]
-        self.finish_reason = piece.get("finish_reason") or self.finish_reason
-
-    def to_resume(self) -> dict[str, Any]:
-        """What the engine needs to go on after it."""
-        return {"token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason}
-
-
 @dataclass(frozen=True)
 class Outgoing:
     """Events on their way to the log. Sent again after a doubt with the same token, so they land once."""
@@ -63,19 +41,16 @@ class Outgoing:
     events: list[Event]
 
 
-class Flight:
+class Flight(ABC):
     """A job between claim and end. Its methods may be called from several threads."""
 
-    def __init__(self, job_id: str, fence: int, model: str, *, published: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, job_id: str, fence: int, model: str) -> None:
         self.job_id = job_id
         self.fence = fence
         self.model = model
-        self.choices: dict[int, Choice] = {}
-        for event in published:
-            if event["type"] == names.DELTA:
-                self._choice(event["index"]).extend(event)
-        self.resumed_tokens = sum(len(choice.token_ids) for choice in self.choices.values())
-        #: time.monotonic() of the claim and of the first token of this attempt.
+        #: Tokens of its answers that earlier attempts published.
+        self.resumed_tokens = 0
+        #: time.monotonic() of the claim, and of the first thing that the engine said in this attempt.
         self.claimed_at = time.monotonic()
         self.first_at: float | None = None
         self.usage: dict[str, int] | None = None
@@ -86,6 +61,8 @@ class Flight:
         self.num_crashed = 0
         #: The engine has said its last word about it.
         self.told = False
+        #: The worker is preparing the request, so no engine can be blamed for the time that this takes.
+        self.preparing = False
         #: Set when the engine is done with it, or nobody waits for the engine any more.
         self.ended = threading.Event()
         self._lock = threading.Lock()
@@ -93,38 +70,39 @@ class Flight:
         self._in_doubt: Outgoing | None = None
         self._num_sent = 0
 
+    @abstractmethod
+    def absorb(self, delta: Mapping[str, Any]) -> bool:
+        """Take one delta of the engine; True when it should be published at once, not with the next flush."""
+
+    @property
+    @abstractmethod
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, once the engine has told."""
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens of text that this flight added to what earlier attempts had published."""
+        return 0
+
+    @property
+    def finish_reasons(self) -> Sequence[str]:
+        """Why each of its answers ended."""
+        return ()
+
+    @property
+    def first_token_at(self) -> float | None:
+        """time.monotonic() of its first token, where that is the job's first."""
+        return None
+
     @property
     def engine_id(self) -> str:
         """The request's id inside an engine: a job that comes back meets no trace of its former self there."""
         return f"{self.job_id}.{self.fence}"
 
     @property
-    def num_new_tokens(self) -> int:
-        """Tokens that this flight added to what earlier attempts had published."""
-        return sum(len(choice.token_ids) for choice in self.choices.values()) - self.resumed_tokens
-
-    def resume(self) -> dict[str, Any]:
-        """The engine's `resume`: choice index -> what was published of it."""
-        return {str(index): choice.to_resume() for index, choice in self.choices.items()}
-
-    def absorb(self, delta: Mapping[str, Any]) -> bool:
-        """Take one delta of the engine; True when it is the first that this flight says."""
-        event = {
-            "type": names.DELTA,
-            "index": delta["index"],
-            "delta": delta["text"],
-            "token_ids": delta["token_ids"],
-            "logprobs": delta["logprobs"],
-            "finish_reason": delta["finish_reason"],
-        }
-        with self._lock:
-            first = self.first_at is None
-            if first:
-                self.first_at = time.monotonic()
-            self._choice(event["index"]).extend(event)
-            if not (self._pending and _merge(self._pending, event)):
-                self._pending.append(event)
-        return first
+    def in_our_hands(self) -> bool:
+        """Whether it waits for this worker and not for the engine: its lease is ours to renew, whatever that does."""
+        return self.preparing or self.told
 
     def finish(self, usage: Mapping[str, int]) -> None:
         """The engine is done; the flight ends once everything is published (see `settled`)."""
@@ -156,26 +134,27 @@ class Flight:
             self._in_doubt = None
 
     @property
-    def settled(self) -> bool:
-        """The engine is done and all it said is in the log."""
+    def has_news(self) -> bool:
+        """Whether there is something to publish."""
         with self._lock:
-            return self.usage is not None and not self._pending and self._in_doubt is None
+            return bool(self._pending) or self._in_doubt is not None
 
-    def _choice(self, index: int) -> Choice:
-        return self.choices.setdefault(index, Choice())
+    @property
+    def settled(self) -> bool:
+        """The engine is done and all it said is where it belongs."""
+        with self._lock:
+            return self._is_settled()
 
+    def _is_settled(self) -> bool:
+        """Called with the lock held."""
+        return self.usage is not None and not self._pending and self._in_doubt is None
 
-def _merge(pending: list[Event], event: Event) -> bool:
-    """Append to the last pending event of the same choice, so that one flush writes one event a choice."""
-    for earlier in reversed(pending):
-        if earlier["index"] == event["index"]:
-            earlier["delta"] += event["delta"]
-            earlier["token_ids"] = earlier["token_ids"] + event["token_ids"]
-            if event["logprobs"] is not None:
-                earlier["logprobs"] = (earlier["logprobs"] or []) + event["logprobs"]
-            earlier["finish_reason"] = event["finish_reason"] or earlier["finish_reason"]
-            return True
-    return False
+    def _is_first(self) -> bool:
+        """Notes the time of the engine's first word. Called with the lock held."""
+        first = self.first_at is None
+        if first:
+            self.first_at = time.monotonic()
+        return first
 
 
 def seed_of(job_id: str) -> int:

@@ -81,14 +81,14 @@ class Heart:
     def _beat_all(self) -> None:
         try:
             for resident in self._residents():
-                if resident.take_moved():
-                    self._beat(resident)
+                self._beat(resident, moved=resident.take_moved())
         except LedgerUnavailable as error:
             # Not repeated here: the next beat comes soon, and a lease outlives two lost beats.
             log.warning("beat_failed", reason=error.message)
 
-    def _beat(self, resident: Resident) -> None:
-        flights = {flight.job_id: flight for flight in resident.flights()}
+    def _beat(self, resident: Resident, *, moved: bool) -> None:
+        """All its jobs if the engine moved; else those that wait for this worker, which is alive."""
+        flights = {flight.job_id: flight for flight in resident.flights() if moved or flight.in_our_hands}
         if not flights:
             return
         jobs = [(flight.job_id, flight.fence) for flight in flights.values()]

@@ -1,7 +1,9 @@
 """The life of a worker: what it is made of, how it begins, drains and ends. Celery is somebody else's business.
 
 turn ── Porter ── Host ── Resident ── engine process         one a model
-          │         └── Publisher ── event log               what flights say
+          │         ├── Publisher ── event log               what flights say
+          │         └── OutputWriter ── store                pictures
+          ├── Seats      how many jobs of each model
           ├── Heart      leases of what moves
           ├── Janitor    lost workers, late jobs, lost rings; the worker's own upkeep
           ├── Cancels    running jobs that are cancelled
@@ -20,6 +22,7 @@ from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import ModelSpec, Settings
+from inferfleet.tasks.stores import RedisStore
 from inferfleet.workers import logs
 from inferfleet.workers.app import FleetApp
 from inferfleet.workers.cancels import Cancels
@@ -30,10 +33,12 @@ from inferfleet.workers.host import Host
 from inferfleet.workers.janitor import Janitor
 from inferfleet.workers.loading import is_due, view_for
 from inferfleet.workers.metrics import Meter, Snapshots
+from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.porter import Porter
 from inferfleet.workers.publisher import Publisher, publish_all
 from inferfleet.workers.resident import Resident, State
 from inferfleet.workers.runs_process import RunsProcess
+from inferfleet.workers.seats import Seats
 from inferfleet.workers.turns import register_turns
 
 #: A card of a model that loads is renewed at each phase, and within it after so many seconds.
@@ -59,6 +64,7 @@ class Lifecycle:
         self._ledger = ledger
         self._next_upkeep = 0.0
         self._drain_lock = threading.Lock()
+        self._intake_lock = threading.Lock()
         self._grace: threading.Timer | None = None
         self._loading = view_for(settings.log_format)
         self._told: dict[str, tuple[str, float]] = {}
@@ -74,8 +80,12 @@ class Lifecycle:
             load_seconds=settings.load_seconds,
         )
         self._meter.engines.residents = self._host.residents()
+        self._writer = OutputWriter(RedisStore(ledger, settings.result_ttl_seconds), self._publisher)
+        self._seats = Seats(settings.slots, self._host.residents())
         doorbell = Doorbell(settings.redis_url, settings.namespace)
-        self._porter = Porter(settings, self.name, ledger, self._host, doorbell, self._meter)
+        self._porter = Porter(
+            settings, self.name, ledger, self._host, doorbell, self._meter, self._writer, self._seats, self._tend
+        )
         self._cards = Cards(ledger, self.name, slots=settings.slots, heartbeat_seconds=settings.heartbeat_seconds)
         self._snapshots = Snapshots(ledger, self.name, self._meter, ttl)
         self._heart = Heart(
@@ -139,7 +149,7 @@ class Lifecycle:
         """Celery has ended, and with it every turn: take the rest apart and leave the fleet."""
         if self._grace is not None:
             self._grace.cancel()
-        for part in (self._cancels, self._janitor, self._heart, self._publisher, self._host):
+        for part in (self._cancels, self._janitor, self._heart, self._writer, self._publisher, self._host):
             part.stop()
         if self._runs is not None:
             self._runs.stop()
@@ -152,16 +162,21 @@ class Lifecycle:
 
     def _on_change(self, resident: Resident) -> None:
         """A model's state changed: take its turns or not, tell the fleet, and look for jobs that waited for this."""
-        queue = names.turn_queue(resident.model, self._settings.namespace)
-        if resident.state in (State.READY, State.IDLE):
-            self._app.intake.open(queue)
-        else:
-            self._app.intake.close(queue)
+        self._tend(resident)
         if resident.state is not State.LOADING:
             self._loading.end(resident.model)
         self._publish_card(resident)
         if resident.state in (State.READY, State.FAILED):
             self._janitor.nudge()
+
+    def _tend(self, resident: Resident) -> None:
+        """Take turns of a model that is up, or will be at its first turn, while it has a seat."""
+        queue = names.turn_queue(resident.model, self._settings.namespace)
+        with self._intake_lock:
+            if resident.state in (State.READY, State.IDLE) and self._seats.has_room(resident):
+                self._app.intake.open(queue)
+            else:
+                self._app.intake.close(queue)
 
     def _on_progress(self, resident: Resident) -> None:
         """An engine said how far it is with loading: who looks is shown, and now and then the fleet."""

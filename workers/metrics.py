@@ -90,17 +90,17 @@ class Meter:
         queued = max(0, claim.now_ms - claim.created_ms) / 1000
         run = now - flight.claimed_at
         self._jobs.labels(model, state).inc()
-        self._prompt_tokens.labels(model).inc((flight.usage or {}).get("prompt_tokens", 0))
+        self._prompt_tokens.labels(model).inc(flight.num_prompt_tokens)
         self._new_tokens.labels(model).inc(flight.num_new_tokens)
         self._queued.labels(model).observe(queued)
         self._run.labels(model).observe(run)
         self._whole.labels(model).observe(queued + run)
         if state == "completed":
-            for choice in flight.choices.values():
-                self._reasons.labels(model, choice.finish_reason or "").inc()
+            for reason in flight.finish_reasons:
+                self._reasons.labels(model, reason).inc()
         measured = {"execution_ms": _ms(run)}
-        if flight.first_at is not None and not flight.resumed_tokens:
-            ttft = queued + flight.first_at - flight.claimed_at
+        if flight.first_token_at is not None:
+            ttft = queued + flight.first_token_at - flight.claimed_at
             self._ttft.labels(model).observe(ttft)
             measured["ttft_ms"] = _ms(ttft)
         return measured

@@ -6,23 +6,29 @@ A turn takes the best job that waits, not a certain one, so a lost, doubled or l
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from inferfleet.tasks import errors
-from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.contracts import ImageRequest, check_card
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.records import Claim
 from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs, requests
+from inferfleet.workers.errand import Errand
 from inferfleet.workers.flight import Ending, Flight
 from inferfleet.workers.host import Host
+from inferfleet.workers.media import Media
 from inferfleet.workers.metrics import Meter
+from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.patience import until_answered
+from inferfleet.workers.pictures import ImageErrand
+from inferfleet.workers.requests import ChatErrand
 from inferfleet.workers.resident import Resident, State
+from inferfleet.workers.seats import Seats
 
 log = logs.get("turn")
 
@@ -31,14 +37,28 @@ class Porter:
     """Takes turns. Many threads use one porter."""
 
     def __init__(
-        self, settings: Settings, worker: str, ledger: Ledger, host: Host, doorbell: Doorbell, meter: Meter
+        self,
+        settings: Settings,
+        worker: str,
+        ledger: Ledger,
+        host: Host,
+        doorbell: Doorbell,
+        meter: Meter,
+        writer: OutputWriter,
+        seats: Seats,
+        on_room: Callable[[Resident], None],
     ) -> None:
+        """on_room: told when a model has no seat any more, or has one again."""
         self._settings = settings
         self._worker = worker
         self._ledger = ledger
         self._host = host
         self._doorbell = doorbell
         self._meter = meter
+        self._writer = writer
+        self._seats = seats
+        self._on_room = on_room
+        self._media = Media()
         self._lease_ms = round(settings.lease_seconds * 1000)
         #: Set when no more jobs may be claimed: the worker drains.
         self.closing = threading.Event()
@@ -51,18 +71,37 @@ class Porter:
         if resident is None:
             return "not served here"
         if self.closing.is_set():
-            # The message is gone from the queue; another worker should hear it.
-            self._doorbell.ring(model)
-            return "passed on"
+            return self._pass_on(model)
         if resident.state is State.FAILED:
             return self.refuse_waiting(resident)
         if not self._ready(resident):
             return "not ready"
-        claim = self._claim(model)
-        if claim is None:
-            return "nothing waits"
-        with logs.bound(job_id=claim.job_id, model=model):
-            return self._carry(resident, claim)
+        if not self._seats.take(resident):
+            return self._pass_on(model)
+        try:
+            self._on_room(resident)
+            return self._carry_on(resident)
+        finally:
+            self._seats.leave(resident)
+            self._on_room(resident)
+
+    def _pass_on(self, model: str) -> str:
+        """The message is gone from the queue; another worker, or this one later, should hear it."""
+        self._doorbell.ring(model)
+        return "passed on"
+
+    def _carry_on(self, resident: Resident) -> str:
+        """Carry the best waiting job. While the model's seats are all taken its turns stay in their queue, so whoever
+        sits goes on with the next job by itself."""
+        did = "nothing waits"
+        while (claim := self._claim(resident.model)) is not None:
+            with logs.bound(job_id=claim.job_id, model=resident.model):
+                errand = self._errand(resident, claim)
+                del claim  # the job as it was submitted may be large; it is not kept while it runs
+                did = "failed" if errand is None else self._carry(resident, errand)
+            if self._seats.has_room(resident) or self.closing.is_set() or not resident.accepts:
+                break
+        return did
 
     def refuse_waiting(self, resident: Resident) -> str:
         """Fail the jobs of a model that cannot be loaded, so that nobody waits for it for ever."""
@@ -85,56 +124,96 @@ class Porter:
             lambda: self._ledger.claim(model, worker=self._worker, token=token, lease_ms=self._lease_ms), self.closing
         )
 
-    def _carry(self, resident: Resident, claim: Claim) -> str:
-        flight = Flight(claim.job_id, claim.fence, resident.model, published=claim.published)
+    def _errand(self, resident: Resident, claim: Claim) -> Errand | None:
+        """What there is to do for a claimed job; None where nothing can be done, and the job has failed."""
         try:
             job = requests.read_envelope(claim)
+            # Also what was accepted while no worker had told what its model can do.
+            check_card(job.body, resident.card)
         except ValidationError as error:
-            return self._complete(claim, "failed", error=unreadable(error))
-        seconds, late = time_limit(claim, job)
+            self._complete(claim, "failed", error=unreadable(error))
+            return None
+        except errors.InvalidRequest as error:
+            self._complete(claim, "failed", error=error.to_dict())
+            return None
+        if not isinstance(job.body, ImageRequest):
+            return ChatErrand(claim, job, resident.card, job.body)
+        limit = self._settings.max_result_bytes
+        return ImageErrand(claim, job, resident.card, job.body, max_bytes=limit, media=self._media, writer=self._writer)
+
+    def _carry(self, resident: Resident, errand: Errand) -> str:
+        self._seats.weigh(resident, errand.weight - 1)
+        self._on_room(resident)
+        try:
+            did = self._fly(resident, errand)
+        finally:
+            self._seats.weigh(resident, 1 - errand.weight)
+        if did != "completed":
+            errand.discard()
+        return did
+
+    def _fly(self, resident: Resident, errand: Errand) -> str:
+        claim, flight = errand.claim, errand.flight
+        seconds, late = time_limit(claim, errand.execution_timeout)
         log.info("job_started", attempt=claim.attempt, deaths=claim.deaths, resumed_tokens=flight.resumed_tokens)
-        in_time = resident.fly(
-            flight, requests.engine_request(claim, job, flight), alone=self._alone(claim), seconds=seconds
-        )
-        return self._conclude(claim, flight, None if in_time else late)
+        try:
+            in_time = resident.fly(flight, errand.request, alone=self._alone(claim), seconds=seconds)
+        except errors.FleetError as error:
+            return self._complete(claim, "failed", errand, error=error.to_dict())
+        return self._conclude(errand, None if in_time else late)
 
     def _alone(self, claim: Claim) -> bool:
         """After a crash in company a job runs alone once; so does one whose next death would be its last."""
         return claim.suspect or claim.deaths >= max(1, self._settings.max_deaths - 1)
 
-    def _conclude(self, claim: Claim, flight: Flight, late: errors.JobFailed | None) -> str:
+    def _conclude(self, errand: Errand, late: errors.JobFailed | None) -> str:
+        claim, flight = errand.claim, errand.flight
         if flight.ending is Ending.STALE:
             return self._lost(flight.model)
         if flight.ending is Ending.CRASHED:
             return self._after_crash(flight)
         if late is not None:
             state = "expired" if isinstance(late, errors.DeadlineExceeded) else "failed"
-            return self._complete(claim, state, flight, error=late.to_dict())
+            return self._complete(claim, state, errand, error=late.to_dict())
         if flight.ending is Ending.RELEASED:
             return self._hand_back(flight, suspect=False)
         if flight.ending is Ending.FAILED:
-            return self._complete(claim, "failed", flight, error=flight.error)
+            return self._complete(claim, "failed", errand, error=flight.error)
         if flight.cancelled:
-            return self._complete(claim, "cancelled", flight, error=errors.JobCancelled().to_dict())
-        return self._complete(claim, "completed", flight)
+            return self._complete(claim, "cancelled", errand, error=errors.JobCancelled().to_dict())
+        try:
+            response = requests.to_bytes(errand.answer())
+        except errors.EngineError as error:
+            return self._complete(claim, "failed", errand, error=error.to_dict())
+        return self._complete(claim, "completed", errand, response=response)
 
     def _complete(
-        self, claim: Claim, state: str, flight: Flight | None = None, *, error: Mapping[str, Any] | None = None
+        self,
+        claim: Claim,
+        state: str,
+        errand: Errand | None = None,
+        *,
+        response: bytes | None = None,
+        error: Mapping[str, Any] | None = None,
     ) -> str:
-        usage = response = None
-        if flight is not None:
-            usage = requests.usage_of(flight)
-        if flight is not None and state == "completed":
-            response = requests.to_bytes(requests.completion(flight, created=claim.created_ms // 1000))
+        flight = None if errand is None else errand.flight
+        usage, outputs = (None, ()) if errand is None else (errand.usage(), errand.outputs())
+        keep = [output["id"] for output in outputs] if self._writer.store.in_ledger else ()
         measured = self._meter.job_ended(claim, flight, state, time.monotonic())
+        end: dict[str, Any] = {
+            "response": response,
+            "error": error,
+            "usage": usage,
+            "metrics": measured,
+            "outputs": outputs,
+        }
         answer = until_answered(
-            lambda: self._ledger.complete(
-                claim.job_id, claim.fence, state=state, response=response, error=error, usage=usage, metrics=measured
-            ),
-            self.giving_up,
+            lambda: self._ledger.complete(claim.job_id, claim.fence, state=state, keep=keep, **end), self.giving_up
         )
         log.info("job_ended", state=state, answer=answer, code=None if error is None else error["code"], **measured)
-        return state if answer != "stale" or flight is None else self._lost(flight.model)
+        if flight is None or answer in ("done", "same"):
+            return state
+        return self._count_death(flight) if answer == "missing" else self._lost(flight.model)
 
     def _lost(self, model: str) -> str:
         """The job belongs to somebody else by now, or is over; what this run still had to say counts for nothing."""
@@ -144,8 +223,10 @@ class Porter:
 
     def _after_crash(self, flight: Flight) -> str:
         """Alone in the engine it is the culprit and a death is counted; in company each is tried alone first."""
-        if flight.num_crashed > 1:
-            return self._hand_back(flight, suspect=True)
+        return self._hand_back(flight, suspect=True) if flight.num_crashed > 1 else self._count_death(flight)
+
+    def _count_death(self, flight: Flight) -> str:
+        """Give the job back with a death counted, so that what happens to it every time comes to an end."""
         how = until_answered(
             lambda: self._ledger.lose(flight.job_id, flight.fence, max_deaths=self._settings.max_deaths),
             self.giving_up,
@@ -168,14 +249,14 @@ class Porter:
         return answer
 
 
-def time_limit(claim: Claim, job: JobRequest) -> tuple[float | None, errors.JobFailed | None]:
+def time_limit(claim: Claim, execution_timeout: float | None) -> tuple[float | None, errors.JobFailed | None]:
     """Seconds that this run may take, and the error when they are over. Redis time, whatever this clock says."""
     limits: list[tuple[float, errors.JobFailed]] = []
     if claim.deadline_ms is not None:
         limits.append((max(0.0, (claim.deadline_ms - claim.now_ms) / 1000), errors.DeadlineExceeded()))
-    if job.execution_timeout is not None:
-        message = f"the job ran longer than its execution_timeout of {job.execution_timeout:g} s"
-        limits.append((job.execution_timeout, errors.ExecutionTimeout(message)))
+    if execution_timeout is not None:
+        message = f"the job ran longer than its execution_timeout of {execution_timeout:g} s"
+        limits.append((execution_timeout, errors.ExecutionTimeout(message)))
     return min(limits, key=lambda limit: limit[0], default=(None, None))
 
 

@@ -95,7 +95,7 @@ class Publisher:
             if flight.settled:
                 flight.end(Ending.FINISHED)
         # Said while this flush was under way, after its batch was cut: these flights are not settled, go again.
-        unsettled = [flight for flight in flights if flight.usage is not None and flight.ending is None]
+        unsettled = [f for f in flights if f.usage is not None and f.ending is None and f.has_news]
         if unsettled:
             self.touch(unsettled, urgent=True)
 

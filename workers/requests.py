@@ -1,6 +1,6 @@
-"""Between the outside and the engine: a claimed job becomes a request, what it said becomes OpenAI's answer.
+"""Between the outside and the engine: a claimed job becomes an errand, what a chat said becomes OpenAI's answer.
 
-Knows both shapes and nothing else.
+Knows both shapes and nothing else. Image jobs have theirs in pictures.py.
 """
 
 import json
@@ -9,7 +9,9 @@ from typing import Any
 
 from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest
 from inferfleet.tasks.records import Claim
-from inferfleet.workers.flight import Choice, Flight, seed_of
+from inferfleet.workers.chat_flight import ChatFlight, Choice
+from inferfleet.workers.errand import Card, Errand
+from inferfleet.workers.flight import seed_of
 
 
 def read_envelope(claim: Claim) -> JobRequest:
@@ -17,26 +19,39 @@ def read_envelope(claim: Claim) -> JobRequest:
     return JobRequest.model_validate_json(claim.envelope)
 
 
-def engine_request(claim: Claim, job: JobRequest, flight: Flight) -> dict[str, Any]:
-    """The fields of the engine's `add`, without its id."""
-    body = job.body
-    if not isinstance(body, ChatCompletionRequest):
-        image = {"seed": seed_of(claim.job_id), **body.painting()}
-        return {"priority": job.effective_priority, "image": image}
-    template = body.chat_template_kwargs
-    return {
-        "messages": body.plain_messages(),
-        "chat_template_kwargs": {} if template is None else template.model_dump(exclude_none=True),
-        "sampling": {"seed": seed_of(claim.job_id), **body.sampling()},
-        # Ours, from the tenant, never a client's text: cached prefixes are shared within a tenant only.
-        "cache_salt": claim.tenant,
-        "priority": job.effective_priority,
-        "matformer_slice": body.matformer_slice,
-        "resume": flight.resume(),
-    }
+class ChatErrand(Errand):
+    """A chat."""
+
+    def __init__(self, claim: Claim, job: JobRequest, card: Card, body: ChatCompletionRequest) -> None:
+        super().__init__(claim, job, card)
+        self._body = body
+        self._flight = ChatFlight(claim.job_id, claim.fence, body.model, published=claim.published)
+
+    @property
+    def flight(self) -> ChatFlight:
+        return self._flight
+
+    def request(self) -> dict[str, Any]:
+        template = self._body.chat_template_kwargs
+        return {
+            "messages": self._body.plain_messages(),
+            "chat_template_kwargs": {} if template is None else template.model_dump(exclude_none=True),
+            "sampling": {"seed": seed_of(self.claim.job_id), **self._body.sampling()},
+            # Ours, from the tenant, never a client's text: cached prefixes are shared within a tenant only.
+            "cache_salt": self.claim.tenant,
+            "priority": self.priority,
+            "matformer_slice": self._body.matformer_slice,
+            "resume": self._flight.resume(),
+        }
+
+    def usage(self) -> dict[str, Any]:
+        return usage_of(self._flight)
+
+    def answer(self) -> dict[str, Any]:
+        return completion(self._flight, created=self.claim.created_ms // 1000)
 
 
-def usage_of(flight: Flight) -> dict[str, Any]:
+def usage_of(flight: ChatFlight) -> dict[str, Any]:
     """OpenAI's usage object. Of a request that was stopped before it reached the engine only the tokens that earlier
     attempts published are known; the rest is zero."""
     usage = flight.usage or {}
@@ -54,7 +69,7 @@ def completion_id(job_id: str) -> str:
     return f"chatcmpl-{job_id.removeprefix('job_')}"
 
 
-def completion(flight: Flight, created: int) -> dict[str, Any]:
+def completion(flight: ChatFlight, created: int) -> dict[str, Any]:
     """OpenAI's chat.completion object; `created` in Unix seconds."""
     return {
         "id": completion_id(flight.job_id),

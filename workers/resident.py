@@ -1,5 +1,8 @@
 """One model that this worker serves: its engine process, brought up again when it dies, and the flights in it.
 
+An image model that computes on the processors does so at lower priority, once it is loaded: a step of it takes long,
+and whoever chats on the same processors would feel it. It still gets what nobody else wants, and a part in any case.
+
 Knows no Redis. What is said goes to the publisher; how a flight ended stands in the flight; changes of state and the
 progress of loading are told to a listener each. One thread a model starts the process, reads what it says and starts
 the next one.
@@ -25,6 +28,9 @@ BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 MAX_LOAD_DEATHS = 3
 #: How long an engine may take to load.
 LOAD_SECONDS = 1800.0
+#: How much nicer than this process an image model is on a CPU. By the kernel's weights a thread of it then gets about a
+#: third of what a thread of a chat model gets where both want the same core.
+NICENESS = 5
 #: How long a cancelled request may take to say what it used.
 CANCEL_SECONDS = 5.0
 
@@ -108,6 +114,16 @@ class Resident:
         self._become(State.STOPPED)
 
     @property
+    def kind(self) -> str:
+        """text or image; an engine tells when it is ready."""
+        return str(self.card.get("kind", "text"))
+
+    @property
+    def batch_size(self) -> int:
+        """Requests of text, or pictures, that share one step of the engine."""
+        return int(self.card["max_batch_size"] if self.kind == "image" else self._spec["max_num_seqs"])
+
+    @property
     def accepts(self) -> bool:
         """Whether a job that is claimed now would run: the engine is up and does not stand still."""
         return self.state is State.READY and not self._in_doubt
@@ -163,6 +179,9 @@ class Resident:
             if flight.engine_id not in self._aboard:
                 flight.finish({})
                 flight.end(Ending.FINISHED)
+            elif flight.told:
+                # The engine knows it no more; it need not wait for what else was to be stored.
+                self._publisher.touch([flight], urgent=True)
             elif self._child is not None:
                 self._child.cancel(flight.engine_id)
         self._gate.recheck()
@@ -173,13 +192,24 @@ class Resident:
         self._gate.recheck()
         return first
 
-    def fly(self, flight: Flight, request: Mapping[str, Any], *, alone: bool, seconds: float | None) -> bool:
-        """Carry a flight until it has ended; False when it was stopped because `seconds` were over."""
+    def fly(
+        self, flight: Flight, prepare: Callable[[], Mapping[str, Any]], *, alone: bool, seconds: float | None
+    ) -> bool:
+        """Carry a flight until it has ended; False when it was stopped because `seconds` were over.
+
+        prepare: makes the request; what it raises is raised here. It may take a while, and the lease is renewed
+        meanwhile.
+        """
         until = None if seconds is None else time.monotonic() + seconds
         with self._lock:
             self._flights.add(flight)
         try:
-            if not self._gate.enter(alone, flight.ended, seconds):
+            flight.preparing = True
+            try:
+                request = prepare()
+            finally:
+                flight.preparing = False
+            if not self._gate.enter(alone, flight.ended, left(until)):
                 return flight.ended.is_set()
             try:
                 if not self._board(flight, request):
@@ -217,7 +247,7 @@ class Resident:
                 self._owes_since = None
 
     def _land(self, flight: Flight, until: float | None) -> bool:
-        if flight.ended.wait(None if until is None else max(0.0, until - time.monotonic())):
+        if flight.ended.wait(left(until)):
             return True
         self.cancel(flight)
         flight.ended.wait(CANCEL_SECONDS)
@@ -265,6 +295,8 @@ class Resident:
                 child.kill()
             child.reap()
             raise
+        if self.kind == "image" and self.card.get("device") == "cpu":
+            child.step_back(NICENESS)
         log.info("engine_ready", model=self.model, pid=child.pid, load_seconds=self.card.get("load_seconds"))
         return child
 
@@ -362,6 +394,11 @@ class Resident:
             self.state = state
             self.loading = None
         self._on_change(self)
+
+
+def left(until: float | None) -> float | None:
+    """Seconds until a time.monotonic(), at least 0."""
+    return None if until is None else max(0.0, until - time.monotonic())
 
 
 def _error(code: str, message: str, param: str | None = None) -> dict[str, Any]:
