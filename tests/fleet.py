@@ -10,6 +10,7 @@ import psutil
 from fake_engine import answer
 from fake_worker import main
 
+from inferfleet.tasks import names
 from inferfleet.tasks.client import Client
 from inferfleet.tasks.contracts import body_hash, parse_job
 from inferfleet.tasks.doorbell import Doorbell
@@ -101,12 +102,23 @@ class Fleet:
     def submit(self, words, *, model="m", ring=True, job_id=None, tenant="default", **options):
         """Submit one message; `options` go into the job, `body` among them into the chat body."""
         body = {"model": model, "messages": [{"role": "user", "content": words}], **options.pop("body", {})}
-        job = parse_job(json.dumps({"body": body, **options}).encode())
+        return self.submit_job({"body": body, **options}, ring=ring, job_id=job_id, tenant=tenant)
+
+    def paint(self, words, *, model="p", url=names.IMAGES_URL, ring=True, **options):
+        """Submit an image job; `options` go into the job, `body` among them into its body."""
+        body = {"model": model, "prompt": words or "x", **options.pop("body", {})}
+        return self.submit_job({"url": url, "body": body, **options}, ring=ring)
+
+    def submit_job(self, values, *, ring=True, job_id=None, tenant="default"):
+        """Submit a job given as JSON values."""
+        job = parse_job(json.dumps(values).encode())
+        model = job.body.model
         envelope = job.envelope()
         job_id = job_id or new_job_id()
         self.ledger.submit(
             job_id, envelope, model=model, tenant=tenant, body_hash=body_hash(envelope),
             priority=job.effective_priority, deadline_ms=job.deadline_ms, start_timeout_ms=job.start_timeout_ms,
+            endpoint=job.url,
         )  # fmt: skip
         if ring:
             self.doorbell.ring(model)

@@ -71,7 +71,7 @@ class OutputWriter:
             try:
                 self._store.put(key, picture.data, picture.content_type)
                 break
-            except errors.LedgerUnavailable as error:
+            except errors.Unavailable as error:
                 if self._stopping.is_set():
                     return
                 if attempt == 0:
@@ -86,5 +86,5 @@ class OutputWriter:
     def _forget(self, keys: Sequence[str]) -> None:
         try:
             self._store.forget(keys)
-        except errors.LedgerUnavailable as error:
+        except errors.Unavailable as error:
             log.warning("outputs_left_behind", keys=list(keys), reason=error.message)

@@ -29,7 +29,7 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """A store for threads. LedgerUnavailable where it does not answer or has no room; it may then be asked again."""
+    """A store for threads. Unavailable (a kind of it) where it does not answer or has no room; ask it again then."""
 
     #: Whether files lie in the ledger's Redis, whose `complete` then keeps them as long as their job.
     in_ledger: bool
