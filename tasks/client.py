@@ -16,10 +16,11 @@ from inferfleet.tasks import calls, names, roster
 from inferfleet.tasks.calls import Call
 from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.doorbell import Doorbell
-from inferfleet.tasks.errors import InvalidRequest, ModelNotFound
+from inferfleet.tasks.errors import InvalidRequest, ModelNotFound, OutputNotFound
 from inferfleet.tasks.job_object import Job, to_job_object
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.records import Event, JobRecord
+from inferfleet.tasks.stores import redis_store
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -63,6 +64,9 @@ def as_job(request: JobRequest | Body | Mapping[str, Any]) -> JobRequest:
         return JobRequest.from_body(request)
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"a request is a JSON object, not {type(request).__name__}")
+    if "prompt" in request and not {"body", "messages"} & set(request):
+        hint = f'{{"url": "{names.IMAGES_URL}", "body": ...}}'
+        raise InvalidRequest(f"a body with a prompt and no messages needs its url around it: {hint}", param="messages")
     try:
         raw = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -160,6 +164,15 @@ def _retry(caller: Caller, job_id: str) -> Errand[Job]:
 def _delete(caller: Caller, job_id: str) -> Errand[None]:
     """Forget an ended job now, before its time to live is over."""
     yield calls.delete(job_id, caller.tenant)
+
+
+def _output(caller: Caller, job_id: str, index: int = 0) -> Errand[bytes]:
+    """The file of picture `index` of a completed job, checked by its digest. OutputNotFound if there is none."""
+    record: JobRecord = yield calls.get(job_id, caller.tenant)
+    found = [output for output in record.outputs or () if output["index"] == index]
+    if not found:
+        raise OutputNotFound(f"the job is {record.state} and has no picture {index}", param="index")
+    return (yield from redis_store.get(found[0]["id"], found[0]["hash"].removeprefix("sha256:")))
 
 
 def _list(
@@ -260,6 +273,7 @@ class Client(Face):
     cancel = errand(_cancel)
     retry = errand(_retry)
     delete = errand(_delete)
+    output = errand(_output)
     list = errand(_list)
     models = errand(_models)
 
@@ -305,5 +319,6 @@ class AsyncClient(Face):
     cancel = async_errand(_cancel)
     retry = async_errand(_retry)
     delete = async_errand(_delete)
+    output = async_errand(_output)
     list = async_errand(_list)
     models = async_errand(_models)

@@ -21,7 +21,7 @@ class Response(BaseModel):
 
     status_code: int
     request_id: str
-    #: The chat completion.
+    #: The chat completion, or the images response without its pictures: those are the job's outputs.
     body: dict[str, Any]
 
 
@@ -112,7 +112,7 @@ class Job(BaseModel):
         return self.status in names.TERMINAL
 
     def result(self) -> dict[str, Any]:
-        """The chat completion. Raises the job's error, or NotTerminal while it is not done."""
+        """The answer's body. Raises the job's error, or NotTerminal while it is not done."""
         if self.response is not None:
             return self.response.body
         if self.error is not None:

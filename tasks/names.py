@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 #: A Celery message "somebody, carry one job of this model"; args `[model]`.
 TURN_TASK = "inferfleet.turn"
-#: An ordinary Celery task that submits a chat body and returns the answer; for chains, groups and chords.
+#: An ordinary Celery task that submits a job or a chat body and returns the answer; for chains, groups and chords.
 RUN_TASK = "inferfleet.run"
 
 State = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "expired", "incomplete"]

@@ -12,7 +12,7 @@ from ledger_moves import claim, delta
 
 from inferfleet.tasks import doorbell, names
 from inferfleet.tasks.client import AsyncClient, Client
-from inferfleet.tasks.contracts import JobRequest, parse_chat
+from inferfleet.tasks.contracts import JobRequest, parse_chat, parse_images
 from inferfleet.tasks.errors import (
     AlreadyTerminal,
     ContextLengthExceeded,
@@ -20,9 +20,12 @@ from inferfleet.tasks.errors import (
     InvalidRequest,
     JobNotFound,
     ModelNotFound,
+    OutputDamaged,
+    OutputNotFound,
     QueueFull,
     RequestError,
 )
+from inferfleet.tasks.stores import RedisStore
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 ANSWER = {"choices": [{"message": {"role": "assistant", "content": "yes"}}]}
@@ -104,6 +107,70 @@ def test_the_same_idempotency_key_gives_the_same_job_and_no_second_turn(client, 
     assert len(turns(redis_url)) == 1
     with pytest.raises(IdempotencyKeyReuse):
         client.submit(CHAT | {"n": 2}, idempotency_key="k")
+
+
+IMAGE = {"url": names.IMAGES_URL, "body": {"model": "m", "prompt": "a red circle"}}
+PICTURES = [b"first picture", b"second picture"]
+
+
+def paint(ledger, **end):
+    """What a worker does with one image job."""
+    found, store = claim(ledger, token=names.new_job_id()), RedisStore(ledger, 60)
+    keys = [names.output_id(found.job_id, found.fence, index) for index in range(len(PICTURES))]
+    stored = [store.put(key, data, "image/png") for key, data in zip(keys, PICTURES, strict=True)]
+    outputs = [
+        {"id": file.key, "index": index, "content_type": file.content_type, "size_bytes": file.size_bytes,
+         "hash": f"sha256:{file.sha256}", "width": 16, "height": 16, "seed": index}
+        for index, file in enumerate(stored)
+    ]  # fmt: skip
+    end = {"state": "completed", "response": b'{"data": []}', "outputs": outputs, "keep": keys} | end
+    ledger.complete(found.job_id, found.fence, **end)
+    return found.job_id
+
+
+def test_the_pictures_of_an_image_job_are_given_by_their_index(client, ledger):
+    job = client.submit(IMAGE)
+    assert job.endpoint == names.IMAGES_URL
+    with pytest.raises(OutputNotFound, match="queued"):
+        client.output(job.id)
+    assert paint(ledger) == job.id
+    done = client.wait(job.id)
+    assert [output.index for output in done.outputs] == [0, 1]
+    assert [client.output(job.id), client.output(job.id, index=1)] == PICTURES
+    with pytest.raises(OutputNotFound, match="no picture 2"):
+        client.output(job.id, index=2)
+
+
+def test_pictures_of_another_tenant_or_of_a_deleted_job_are_not_there(make, ledger):
+    client = make()
+    job_id = client.submit(IMAGE).id
+    paint(ledger)
+    with pytest.raises(JobNotFound):
+        make(tenant="other").output(job_id)
+    client.delete(job_id)
+    with pytest.raises(JobNotFound):
+        client.output(job_id)
+
+
+def test_a_picture_that_is_not_what_was_written_is_told(client, ledger):
+    job_id = client.submit(IMAGE).id
+    paint(ledger)
+    ledger.redis.set(f"{ledger.prefix}output:{names.output_id(job_id, 1, 0)}", b"exchanged")
+    with pytest.raises(OutputDamaged):
+        client.output(job_id)
+
+
+def test_a_bare_image_body_is_told_to_bring_its_url(client, ledger):
+    with pytest.raises(InvalidRequest, match="/v1/images/generations"):
+        client.submit(IMAGE["body"])
+    body = parse_images(json.dumps(IMAGE["body"]).encode())
+    assert client.submit(body).endpoint == names.IMAGES_URL
+
+
+def test_an_image_job_is_checked_against_the_model_s_card(client, ledger):
+    ledger.put_card("m", {"state": "ready", "kind": "text"}, "w", 60)
+    with pytest.raises(InvalidRequest, match="/v1/chat/completions"):
+        client.submit(IMAGE)
 
 
 def test_wait_returns_the_answer(client, ledger):

@@ -5,6 +5,7 @@ import signal
 import pytest
 from celery import Celery, chain, chord, group
 from fake_engine import answer
+from fake_pictures import picture
 from fleet import Fleet, until
 
 from inferfleet.tasks import errors
@@ -62,6 +63,23 @@ def test_a_run_that_fails_raises_the_job_s_own_error(fleet, producer):
         refused.get(timeout=60)
     with pytest.raises(errors.ModelNotFound, match="nobody"):
         unknown.get(timeout=60)
+
+
+def test_an_image_job_is_a_run_that_answers_with_the_outputs_of_its_job(fleet, producer):
+    fleet.start_worker({"p": "image"}, run_slots=2)
+    job = {"url": "/v1/images/generations", "body": {"model": "p", "prompt": "x", "seed": 3, "n": 2}}
+    paint = {name: producer.signature("inferfleet.run", args=[job | {"body": job["body"] | more}], immutable=True)
+             for name, more in {"painted": {}, "refused": {"response_format": "b64_json"}}.items()}  # fmt: skip
+
+    painted = paint["painted"].apply_async()
+    answer = painted.get(timeout=60)
+
+    assert answer["job_id"] == job_id_of(painted.id)
+    assert [output["index"] for output in answer["outputs"]] == [0, 1]
+    with fleet.client() as client:
+        assert [client.output(answer["job_id"], index) for index in (0, 1)] == [picture(3), picture(4)]
+    with pytest.raises(errors.InvalidRequest, match="response_format"):
+        paint["refused"].apply_async().get(timeout=60)
 
 
 def test_a_run_of_a_draining_worker_goes_on_in_another_with_the_same_job(fleet, producer):

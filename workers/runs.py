@@ -22,7 +22,7 @@ from celery import Celery, Task
 
 from inferfleet.tasks import contracts, errors, names
 from inferfleet.tasks.client import as_job
-from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.contracts import ImageRequest, JobRequest
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
@@ -49,9 +49,16 @@ class Runs:
         self.closing = threading.Event()
 
     def run(self, job_id: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The chat.completion body of a job, or the typed error that it ended with. Raises HandedOn when closing."""
+        """The answer's body of a job, or the typed error that it ended with. Raises HandedOn when closing.
+
+        That of an image job has `job_id` and `outputs` in it, by which a client fetches the pictures: a result of
+        Celery is no place for many megabytes.
+        """
         try:
             job = as_job(values)
+            if isinstance(job.body, ImageRequest) and job.body.response_format is not None:
+                text = "a run answers with its job's outputs; leave response_format out, and fetch them by a client"
+                raise errors.InvalidRequest(text, param="response_format")
             self._check_model(job)
             self._submit(job_id, job)
             return self._wait(job_id)
@@ -90,6 +97,7 @@ class Runs:
             start_timeout_ms=job.start_timeout_ms,
             max_queued=self._settings.max_queued,
             custom_id=job.custom_id,
+            endpoint=job.url,
             metadata=job.labels,
         )
 
@@ -102,7 +110,9 @@ class Runs:
             if not news or names.is_terminal_event(news[-1]["type"]):
                 record = until_answered(partial(self._ledger.get, job_id), self.closing)
                 if record.terminal:
-                    return answer_of(record.response, record.error)
+                    answer = answer_of(record.response, record.error)
+                    files = {"job_id": job_id, "outputs": record.outputs} if record.outputs else {}
+                    return answer | files
         raise HandedOn
 
 
@@ -119,7 +129,7 @@ def job_id_of(task_id: str) -> str:
 
 
 def register_runs(app: Celery, runs: Runs) -> None:
-    """Give the app the task. It takes a job or a chat body as JSON values and returns the chat.completion object."""
+    """Give the app the task. It takes a job or a chat body as JSON values and returns the answer's body."""
 
     @app.task(name=names.RUN_TASK, bind=True, max_retries=None)
     def run(task: Task, job: dict[str, Any]) -> dict[str, Any]:
