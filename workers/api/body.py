@@ -5,7 +5,7 @@ here declares a body model: the bytes go to `inferfleet.tasks.contracts`, which 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from email.message import Message
 from typing import TypeVar
 
@@ -29,12 +29,20 @@ async def read_contract(request: Request, limit: int, parse: Callable[[bytes], T
 
 async def read_json_body(request: Request, limit: int) -> bytes:
     """The raw body of a JSON request. Raises UnsupportedMediaType, BodyTooLarge, InvalidRequest."""
-    _check_media_type(request)
+    check_json(request)
     return await read_body(request, limit)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The raw body, at most `limit` bytes; a declared length is refused unread, a chunked one when it crosses."""
+    """The raw body, at most `limit` bytes."""
+    return b"".join([part async for part in parts_of(request, limit)])
+
+
+async def parts_of(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The raw body as it arrives; a declared length is refused unread, a chunked one when it crosses `limit`.
+
+    Raises BodyTooLarge, InvalidRequest.
+    """
     declared = request.headers.get("content-length")
     if declared is not None:
         if not declared.isdigit():
@@ -42,15 +50,13 @@ async def read_body(request: Request, limit: int) -> bytes:
         if int(declared) > limit:
             await _linger(request, limit)
             raise BodyTooLarge(_too_large(limit))
-    parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
             await _linger(request, limit)
             raise BodyTooLarge(_too_large(limit))
-        parts.append(part)
-    return b"".join(parts)
+        yield part
 
 
 def _too_large(limit: int) -> str:
@@ -71,17 +77,33 @@ async def _linger(request: Request, limit: int) -> None:
         return
 
 
-def _check_media_type(request: Request) -> None:
-    header = Message()
-    header["content-type"] = request.headers.get("content-type", "")
-    media_type = header.get_content_type() if header["content-type"] else "none"
-    if media_type != "application/json" and not media_type.endswith("+json"):
+def media_type(request: Request) -> str:
+    """The body's type by its header, in lower case and without parameters; "none" without a header."""
+    header = _content_type(request)
+    return header.get_content_type() if header["content-type"] else "none"
+
+
+def check_json(request: Request, *, besides: str = "") -> None:
+    """Raises UnsupportedMediaType; `besides` is what else the route takes, for the message."""
+    found = media_type(request)
+    if found != "application/json" and not found.endswith("+json"):
         raise UnsupportedMediaType(
-            f"Content-Type must be application/json, not {media_type[:100]!r}", param="Content-Type"
+            f"Content-Type must be application/json{besides}, not {found[:100]!r}", param="Content-Type"
         )
-    charset = header.get_content_charset("utf-8")
+    charset = _content_type(request).get_content_charset("utf-8")
     if charset.replace("_", "-") not in ("utf-8", "utf8"):
         raise UnsupportedMediaType(f"the charset must be utf-8, not {charset[:40]!r}", param="Content-Type")
+    check_plain(request)
+
+
+def check_plain(request: Request) -> None:
+    """Raises UnsupportedMediaType for a compressed body, which could unpack to any size."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMediaType("compressed request bodies are not accepted", param="Content-Encoding")
+
+
+def _content_type(request: Request) -> Message:
+    header = Message()
+    header["content-type"] = request.headers.get("content-type", "")
+    return header
