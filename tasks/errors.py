@@ -7,6 +7,9 @@
     │   │   ├── ContextLengthExceeded    422 context_length_exceeded
     │   │   └── UnsupportedFeature       422 unsupported_feature
     │   ├── Unauthorized                 401 unauthorized
+    │   ├── Forbidden                    403 forbidden
+    │   │   ├── InvalidSignature         403 invalid_signature
+    │   │   └── UrlExpired               403 url_expired
     │   ├── BodyTooLarge                 413 body_too_large
     │   └── UnsupportedMediaType         415 unsupported_media_type
     ├── NotFound
@@ -102,6 +105,25 @@ class Unauthorized(RequestError):
     code = "unauthorized"
     status = 401
     type = "authentication_error"
+
+
+class Forbidden(RequestError):
+    """This is not for the caller."""
+
+    code = "forbidden"
+    status = 403
+
+
+class InvalidSignature(Forbidden):
+    """The url's signature does not fit it."""
+
+    code = "invalid_signature"
+
+
+class UrlExpired(Forbidden):
+    """The url has expired."""
+
+    code = "url_expired"
 
 
 class BodyTooLarge(RequestError):

@@ -1,13 +1,15 @@
-"""Calls about who is here and who may ask: workers, the cards of served models, API keys. Knows nothing of jobs."""
+"""Calls about who is here and who may ask: workers, cards of served models, API keys, signed urls. Knows no jobs."""
 
 import json
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from inferfleet.tasks.calls import Call, Key, text, to_json
+from inferfleet.tasks.calls import Call, Key, Steps, text, to_json
 
 #: What a worker says about a model it serves: id, max_model_len, vocab_size, max_token_bytes, family, state, ...
 Card = dict[str, Any]
+SECRET_BYTES = 32
 
 
 def put_worker(worker: str, info: Mapping[str, Any], ttl_seconds: float) -> Call[None]:
@@ -87,3 +89,19 @@ def list_keys() -> Call[dict[str, dict[str, str]]]:
 def delete_key(sha256: str) -> Call[None]:
     """Refuse this key from now on. A key that is not there is no error."""
     return Call("", ("HDEL", Key("keys"), sha256), ignore)
+
+
+def signing_secret() -> Steps[bytes]:
+    """What this namespace's urls are signed with: 32 random bytes, made by whoever asks first.
+
+    Kept nowhere but in Redis, so that every API process knows the same one and losing the pictures loses it too.
+    """
+    found = yield Call("", ("GET", Key("signing")), kept)
+    if found is None:
+        yield Call("", ("SET", Key("signing"), secrets.token_bytes(SECRET_BYTES), "NX"), ignore)
+        found = yield Call("", ("GET", Key("signing")), kept)
+    return bytes(found)
+
+
+def kept(answer: bytes | None) -> bytes | None:
+    return answer

@@ -134,6 +134,8 @@ class Settings(BaseSettings):
 
     api_host: str = "127.0.0.1"
     api_port: Port = 8000
+    #: What urls of pictures begin with, where a proxy stands before the API; None = as the request's Host says.
+    public_url: str | None = Field(default=None, pattern=r"^https?://[^\s?#]+$")
     #: Where the command line finds the API; None = the fleet that `inferfleet up` runs, else api_host and api_port.
     api_url: str | None = Field(default=None, pattern=r"^https?://")
     #: What the command line shows the API.

@@ -3,7 +3,7 @@
     say A B C        the words as one delta each, then the end
     hold [words]     says the words, then runs until the job is cancelled
     fail CODE        fails with that error code
-Jobs wait while `paused` is set.
+An image job obeys the same verbs in its prompt; any other prompt is painted. Jobs wait while `paused` is set.
 """
 
 import json
@@ -11,29 +11,32 @@ import threading
 import uuid
 from typing import Any
 
+from hand_painter import CARD as PAINTER
+from hand_painter import paint
+
 from inferfleet.tasks import errors
-from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.records import Claim
 
 CARD = {
-    "id": "paper",
+    "kind": "text",
     "max_model_len": 4096,
     "vocab_size": 1000,
     "max_token_bytes": 8,
     "family": "paper",
     "matformer_slices": [],
-    "state": "ready",
 }
+CARDS = {"paper": CARD, "flux": PAINTER}
 
 
 class HandWorker(threading.Thread):
     """`ring` is what the API calls; every ring carries jobs until none waits."""
 
-    def __init__(self, redis_url: str, namespace: str, model: str = "paper") -> None:
+    def __init__(self, redis_url: str, namespace: str, models: tuple[str, ...] = ("paper",)) -> None:
         super().__init__(daemon=True)
         self.ledger = Ledger.from_url(redis_url, namespace)
-        self.model = model
+        self.models = models
         self.paused = False
         self.cancelled: list[str] = []
         self.cancel_seen = threading.Event()
@@ -47,7 +50,8 @@ class HandWorker(threading.Thread):
         self.paused = False
         self.cancelled.clear()
         self.cancel_seen.clear()
-        self.ledger.put_card(self.model, CARD | {"id": self.model}, "hand", 600)
+        for model in self.models:
+            self.ledger.put_card(model, CARDS[model] | {"id": model, "state": "ready"}, "hand", 600)
 
     def ring(self, model: str, times: int) -> None:
         if times:
@@ -66,20 +70,25 @@ class HandWorker(threading.Thread):
             self._rung.acquire()
             if self._stopping:
                 return
-            while not self.paused:
-                claim = self.ledger.claim(self.model, worker="hand", token=uuid.uuid4().hex, lease_ms=60_000)
-                if claim is None:
-                    break
-                carrier = threading.Thread(target=self._carry, args=(claim,), daemon=True)
-                self._carriers.append(carrier)
-                carrier.start()
+            for model in self.models:
+                while not self.paused and (claim := self._claim(model)) is not None:
+                    carrier = threading.Thread(target=self._carry, args=(claim,), daemon=True)
+                    self._carriers.append(carrier)
+                    carrier.start()
+
+    def _claim(self, model: str) -> Claim | None:
+        return self.ledger.claim(model, worker="hand", token=uuid.uuid4().hex, lease_ms=60_000)
 
     def _carry(self, claim: Claim) -> None:
         job = JobRequest.model_validate_json(claim.envelope)
-        verb, *words = str(job.body.messages[-1].content).split(" ")
+        is_chat = isinstance(job.body, ChatCompletionRequest)
+        verb, *words = (str(job.body.messages[-1].content) if is_chat else job.body.prompt).split(" ")
         if verb == "fail":
             error = errors.BY_CODE[words[0]]("it broke").to_dict()
             self.ledger.complete(claim.job_id, claim.fence, state="failed", error=error)
+            return
+        if not is_chat:
+            paint(self.ledger, claim, job.body, until_cancelled=self._wait_for_cancel if verb == "hold" else None)
             return
         choices = range(job.body.n or 1)
         for number, word in enumerate(words):
@@ -131,7 +140,7 @@ class HandWorker(threading.Thread):
             "id": f"chatcmpl-{claim.job_id.removeprefix('job_')}",
             "object": "chat.completion",
             "created": claim.created_ms // 1000,
-            "model": self.model,
+            "model": job.body.model,
             "choices": [{"index": index, **choice, "finish_reason": "stop"} for index in range(job.body.n or 1)],
             "usage": self._usage(tokens),
         }

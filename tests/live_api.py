@@ -43,11 +43,14 @@ class LiveApi:
 
 
 @contextmanager
-def running_api(redis_url: str, *, drain: int = 1, **settings: Any) -> Iterator[LiveApi]:
-    """An API and a worker by hand; `settings` go over the defaults, `drain` is the grace of the end in seconds."""
+def running_api(
+    redis_url: str, *, drain: int = 1, served: tuple[str, ...] = ("paper",), **settings: Any
+) -> Iterator[LiveApi]:
+    """An API and a worker by hand of the models `served`; `settings` go over the defaults, `drain` is the grace of the
+    end in seconds."""
     namespace = f"api-{uuid.uuid4().hex}"
     chosen = Settings(redis_url=redis_url, namespace=namespace, drain_grace_seconds=drain, **settings)
-    worker = HandWorker(redis_url, chosen.namespace)
+    worker = HandWorker(redis_url, chosen.namespace, served)
     worker.start()
     try:
         with serving(chosen, worker.ring) as (url, clients, stop):

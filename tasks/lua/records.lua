@@ -19,6 +19,7 @@
 --   pace:<model>          hash    last (ms of the last end), gap (moving average of ms between ends)
 --   models                set     models that have or had jobs
 --   seq                   string  counter that numbers jobs by age
+--   signing               string  what urls of files are signed with (roster.py)
 -- Time is the server's own (TIME), so no clock of a worker can shorten or stretch a lease.
 -- ERRORS (code -> JSON text) is made from errors.py and stands in front of this file.
 

@@ -18,11 +18,11 @@ class NoApiKey(SetupError):
     code = "no_api_key"
 
 
-_bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer ifk_…`; not needed on loopback")
+bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer ifk_…`; not needed on loopback")
 
 
 async def tenant(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 ) -> str:
     """The caller's tenant. Raises Unauthorized."""
     services: Services = request.app.state.services

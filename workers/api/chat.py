@@ -12,7 +12,7 @@ from starlette.responses import Response
 from inferfleet.tasks import names
 from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, parse_chat
 from inferfleet.tasks.errors import FleetError
-from inferfleet.tasks.records import Event, JobRecord, Submitted
+from inferfleet.tasks.records import Event, Submitted
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
@@ -20,19 +20,11 @@ from inferfleet.workers.api.chunks import ChunkWriter
 from inferfleet.workers.api.openapi import CHAT
 from inferfleet.workers.api.prefer import read_prefer
 from inferfleet.workers.api.services import Services, Use
+from inferfleet.workers.api.showing import answer_of
 from inferfleet.workers.api.sse import DONE, KEEP_ALIVE, EventStream, frame
-from inferfleet.workers.api.waiting import (
-    ClientGone,
-    accepted_response,
-    answer_of,
-    cancel_for_nobody,
-    unless_gone,
-)
+from inferfleet.workers.api.waiting import ClientGone, answered, leave, unless_gone
 
 router = APIRouter(tags=["OpenAI"])
-
-#: nginx's number for a client that left; nobody reads it but the metrics.
-CLIENT_LEFT = 499
 
 
 @router.post("/v1/chat/completions", openapi_extra=CHAT)
@@ -46,30 +38,11 @@ async def create_chat_completion(request: Request, tenant: Tenant, use: Use) -> 
     await use.door.check(chat)
     submitted = await accept(use, request.headers, JobRequest.from_body(chat), tenant)
     try:
-        if prefer.wait_seconds is not None:
-            record = await _at_most(request, use, submitted.job_id, tenant, prefer.wait_seconds)
-            return _job_or_answer(use, submitted, record, prefer.wait_seconds)
-        if chat.stream:
+        if chat.stream and prefer.wait_seconds is None:
             return await _answer_stream(request, use, submitted, tenant, chat)
-        record = await unless_gone(request, use.hub.until_ended(submitted.job_id, tenant))
-        return Response(answer_of(record), headers=replay_headers(submitted), media_type="application/json")
+        return await answered(request, use, submitted, tenant, prefer)
     except ClientGone:
-        await _leave(request, use, submitted.job_id, tenant)
-        return Response(status_code=CLIENT_LEFT)
-
-
-async def _at_most(request: Request, use: Services, job_id: str, tenant: str, seconds: float) -> JobRecord:
-    if seconds == 0:  # whoever asks for a job and not for its answer may leave at once
-        return await use.ledger.get(job_id, tenant)
-    return await unless_gone(request, use.hub.until_ended(job_id, tenant, seconds))
-
-
-def _job_or_answer(use: Services, submitted: Submitted, record: JobRecord, seconds: float) -> Response:
-    headers = replay_headers(submitted)
-    headers["preference-applied"] = f"wait={seconds:.0f}" if seconds else "respond-async"
-    if record.terminal:
-        return Response(answer_of(record), headers=headers, media_type="application/json")
-    return accepted_response(use, record, headers)
+        return await leave(request, use, submitted.job_id, tenant)
 
 
 async def _answer_stream(
@@ -88,11 +61,11 @@ async def _answer_stream(
     usage = bool(chat.stream_options and chat.stream_options.include_usage)
     writer = ChunkWriter(job_id, chat.model, int(time.time()), num_choices=chat.n or 1, include_usage=usage)
 
-    async def leave() -> None:
-        await _leave(request, use, job_id, tenant)
+    async def on_gone() -> None:
+        await leave(request, use, job_id, tenant)
 
     frames = _frames(use, job_id, tenant, writer, seen, events)
-    return EventStream(frames, on_gone=leave, headers=replay_headers(submitted))
+    return EventStream(frames, on_gone=on_gone, headers=replay_headers(submitted))
 
 
 async def _until_text(events: AsyncIterator[list[Event]]) -> list[Event]:
@@ -132,8 +105,3 @@ def _text_frames(writer: ChunkWriter, events: list[Event]) -> bytes:
 
 def _joined(chunks: Any) -> bytes:
     return b"".join(frame(chunk) for chunk in chunks)
-
-
-async def _leave(request: Request, use: Services, job_id: str, tenant: str) -> None:
-    if "idempotency-key" not in request.headers:
-        await cancel_for_nobody(use, job_id, tenant)

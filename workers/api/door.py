@@ -1,6 +1,7 @@
 """The one way into the ledger: what must be true of a job before it is accepted, and how it is accepted once."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from inferfleet.tasks import names
@@ -8,7 +9,7 @@ from inferfleet.tasks.contracts import Body, ChatCompletionRequest, JobRequest, 
 from inferfleet.tasks.errors import ModelNotFound
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Submitted
-from inferfleet.tasks.settings import Settings
+from inferfleet.tasks.settings import ModelSpec, Settings
 from inferfleet.workers.api.prompt_counter import PromptCounter
 from inferfleet.workers.api.ringer import Ringer
 
@@ -26,6 +27,7 @@ class Door:
         self._ledger = ledger
         self._ringer = ringer
         self._counter = PromptCounter(settings.models)
+        self._configured = {name: _unserved(name, spec) for name, spec in settings.models.items()}
         self._cards: dict[str, Card] = {}
         self._cards_until = 0.0
 
@@ -66,13 +68,10 @@ class Door:
 
     async def cards(self) -> dict[str, Card]:
         """model -> card: what workers published, and what settings name though no worker serves it now."""
-        configured: dict[str, Card] = {
-            name: {"id": name, "state": "unserved", "max_model_len": spec.max_model_len}
-            for name, spec in self._settings.models.items()
-        }
-        self._cards = await self._ledger.cards()
+        served = await self._ledger.cards()
+        self._cards = {name: self._configured.get(name, {}) | card for name, card in served.items()}
         self._cards_until = time.monotonic() + CARDS_SECONDS
-        return configured | self._cards
+        return self._configured | self._cards
 
     async def _card(self, model: str) -> Card:
         if time.monotonic() < self._cards_until and model in self._cards:
@@ -81,3 +80,12 @@ class Door:
         if model not in cards:
             raise ModelNotFound(f"no worker serves the model {model[:100]!r}", param="model")
         return cards[model]
+
+
+def _unserved(name: str, spec: ModelSpec) -> Card:
+    """What can be said of a model that no worker has loaded: its kind if its folder can be read on this machine."""
+    folder = Path(spec.path)
+    if spec.image is not None or (folder / "model_index.json").is_file():
+        return {"id": name, "state": "unserved", "kind": "image"}
+    kind = {"kind": "text"} if (folder / "config.json").is_file() else {}
+    return {"id": name, "state": "unserved", "max_model_len": spec.max_model_len, **kind}

@@ -20,19 +20,12 @@ from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
+from inferfleet.workers.api.showing import accepted_response, answer_response, job_response, shown
 from inferfleet.workers.api.sse import KEEP_ALIVE, EventStream, frame
-from inferfleet.workers.api.waiting import (
-    ClientGone,
-    accepted_response,
-    answer_of,
-    job_response,
-    shown,
-    unless_gone,
-)
+from inferfleet.workers.api.waiting import CLIENT_LEFT, ClientGone, unless_gone
 
 JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 METADATA = re.compile(r"metadata\[(.{1,64})\]")
-CLIENT_LEFT = 499
 
 
 def only_known_parameters(request: Request) -> None:
@@ -66,8 +59,8 @@ async def create_job(request: Request, tenant: Tenant, use: Use) -> Response:
         return Response(status_code=CLIENT_LEFT)
     headers = replay_headers(submitted)
     if wait and record.terminal:
-        return job_response(use, record, 200, headers)
-    return accepted_response(use, record, headers)
+        return await job_response(request, use, record, 200, headers)
+    return await accepted_response(request, use, record, headers)
 
 
 @router.put("/{job_id}", status_code=202, openapi_extra=openapi.PUT_JOB)
@@ -77,7 +70,7 @@ async def put_job(job_id: str, request: Request, tenant: Tenant, use: Use) -> Re
         raise InvalidRequest("a job id is job_ and 32 lower-case hexadecimal digits", param="job_id")
     job = await _read_job(request, use)
     submitted = await use.door.submit(job, tenant, job_id=job_id)
-    return accepted_response(use, await use.ledger.get(job_id, tenant), replay_headers(submitted))
+    return await accepted_response(request, use, await use.ledger.get(job_id, tenant), replay_headers(submitted))
 
 
 @router.get("", openapi_extra=openapi.LIST_JOBS)
@@ -95,7 +88,7 @@ async def list_jobs(
     if after is not None:
         known_id(after)
     page = await use.ledger.list(tenant, status, model, metadata or None, after, limit)
-    data = [shown(use, record).model_dump(mode="json") for record in page.jobs]
+    data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
     ends = {"first_id": page.first_id, "last_id": page.last_id, "has_more": page.has_more}
     return json_response({"object": "list", "data": data, **ends})
 
@@ -110,7 +103,7 @@ async def get_job(
 ) -> Response:
     """One job with its answer or error; `wait` holds the request until the job ends or the time is over."""
     try:
-        return job_response(use, await unless_gone(request, use.hub.until_ended(job_id, tenant, wait)))
+        return await job_response(request, use, await unless_gone(request, use.hub.until_ended(job_id, tenant, wait)))
     except ClientGone:
         return Response(status_code=CLIENT_LEFT)
 
@@ -139,10 +132,10 @@ async def job_events(
 
 
 @router.post("/{job_id}/cancel", status_code=202, openapi_extra=openapi.CANCEL_JOB)
-async def cancel_job(job_id: JobId, tenant: Tenant, use: Use) -> Response:
+async def cancel_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) -> Response:
     """Stop a job: at once while it waits, at the next step while it runs."""
     await use.ledger.cancel(job_id, tenant)
-    return job_response(use, await use.ledger.get(job_id, tenant), 202)
+    return await job_response(request, use, await use.ledger.get(job_id, tenant), 202)
 
 
 @router.patch("/{job_id}", openapi_extra=openapi.PATCH_JOB)
@@ -153,25 +146,25 @@ async def update_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) 
         raise InvalidRequest("give priority, deadline or both", param="priority")
     deadline_ms = None if change.deadline is None else round(change.deadline * 1000)
     await use.ledger.update(job_id, tenant, priority=change.priority, deadline_ms=deadline_ms)
-    return job_response(use, await use.ledger.get(job_id, tenant))
+    return await job_response(request, use, await use.ledger.get(job_id, tenant))
 
 
 @router.post("/{job_id}/retry", status_code=202, openapi_extra=openapi.RETRY_JOB)
-async def retry_job(job_id: JobId, tenant: Tenant, use: Use) -> Response:
+async def retry_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) -> Response:
     """Queue a job again that failed, expired or was cancelled; it starts from nothing, under the same id."""
     await use.ledger.retry(job_id, tenant)
     record = await use.ledger.get(job_id, tenant)
     use.door.ring(record.model)
-    return job_response(use, record, 202)
+    return await job_response(request, use, record, 202)
 
 
 @router.get("/{job_id}/result", openapi_extra=openapi.RESULT)
-async def job_result(job_id: JobId, tenant: Tenant, use: Use) -> Response:
+async def job_result(request: Request, job_id: JobId, tenant: Tenant, use: Use) -> Response:
     """The answer alone; a job that ended without one gives its error, one that has not ended 409."""
     record = await use.ledger.get(job_id, tenant)
     if not record.terminal:
         raise NotTerminal(f"the job is {record.state}; wait for its end with GET /v1/jobs/{job_id}?wait=60")
-    return Response(answer_of(record), media_type="application/json")
+    return await answer_response(request, use, record, {})
 
 
 @router.delete("/{job_id}", openapi_extra=openapi.DELETE_JOB)

@@ -5,10 +5,19 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from inferfleet.tasks.contracts import ChatCompletionRequest, Contract, JobRequest, Priority, UnixSeconds
+from inferfleet.tasks.contracts import (
+    ChatCompletionRequest,
+    Contract,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    JobRequest,
+    Priority,
+    UnixSeconds,
+)
 from inferfleet.tasks.job_object import Job
 
 REF = "#/components/schemas/{model}"
+EDIT_FORM = "ImageEditForm"
 
 
 class ErrorBody(BaseModel):
@@ -49,6 +58,44 @@ class ChatCompletion(BaseModel):
     usage: dict[str, Any]
 
 
+class PictureData(BaseModel):
+    """One picture: where it is until `url_expires_at`, or the file itself with `response_format` b64_json."""
+
+    index: int
+    #: Gives this very picture again, with n = 1.
+    seed: int
+    url: str | None = None
+    #: Unix seconds.
+    url_expires_at: int | None = None
+    b64_json: str | None = None
+
+
+class ImageTokenDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class ImageUsage(BaseModel):
+    """Tokens of the prompt, and latent tokens of the pictures."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: ImageTokenDetails
+
+
+class ImagesAnswer(BaseModel):
+    """OpenAI's images response, and the model and licence that the pictures were made with."""
+
+    created: int
+    data: list[PictureData]
+    size: str
+    output_format: str
+    model: str
+    licence: str
+    usage: ImageUsage
+
+
 class JobPageAnswer(BaseModel):
     """Jobs, newest first."""
 
@@ -68,13 +115,24 @@ class JobUpdate(Contract):
 
 
 class ModelCard(BaseModel):
-    """A served model; `status` is ready, loading, or unserved when only the settings name it."""
+    """A served model; `status` is ready, loading, or unserved when only the settings name it. More as its kind has."""
 
     id: str
     object: str
     created: int
     owned_by: str
     status: str
+    #: text or image; unknown until a worker has loaded it.
+    kind: str | None = None
+    #: The model's licence tag. This and all below: of image models.
+    licence: str | None = None
+    #: Names of adapters that a job may choose.
+    loras: list[str] | None = None
+    default_size: int | None = None
+    default_steps: int | None = None
+    max_steps: int | None = None
+    max_pixels: int | None = None
+    max_sequence_length: int | None = None
 
 
 class ModelList(BaseModel):
@@ -83,7 +141,8 @@ class ModelList(BaseModel):
 
 
 MODELS: tuple[type[BaseModel], ...] = (
-    ChatCompletionRequest, ChatCompletion, JobRequest, JobUpdate, Job, JobPageAnswer, ModelCard, ModelList, ErrorAnswer,
+    ChatCompletionRequest, ChatCompletion, ImageGenerationRequest, ImageEditRequest, ImagesAnswer, JobRequest,
+    JobUpdate, Job, JobPageAnswer, ModelCard, ModelList, ErrorAnswer,
 )  # fmt: skip
 
 
@@ -92,11 +151,19 @@ def components() -> dict[str, Any]:
     wanted = [(model, "validation") for model in MODELS]
     _, document = models_json_schema(wanted, ref_template=REF)  # type: ignore[arg-type]
     schemas: dict[str, Any] = document["$defs"]
+    schemas[EDIT_FORM] = edit_form(schemas[ImageEditRequest.__name__])
     return schemas
 
 
-def ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": REF.format(model=model.__name__)}
+def edit_form(edit: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an edit as a form: its image is a file, all else as in JSON, written as text."""
+    properties = {**edit["properties"], "image": {"type": "string", "format": "binary"}}
+    text = "An edit as a form; lists and objects are JSON in one field, or name[0][key] and name[key]."
+    return {**edit, "title": EDIT_FORM, "description": text, "properties": properties}
+
+
+def ref(model: type[BaseModel] | str) -> dict[str, str]:
+    return {"$ref": REF.format(model=model if isinstance(model, str) else model.__name__)}
 
 
 def body(model: type[BaseModel]) -> dict[str, Any]:
@@ -110,8 +177,9 @@ def answer(text: str, model: type[BaseModel] | None = None, media: str = "applic
 def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     """Those of one route: its own, the errors that it names, and those that any route may give."""
     texts = {
-        400: "the body is not JSON", 404: "unknown model or job", 409: "the job's state, or a reused key, forbids it",
-        413: "the body is too large", 415: "not application/json", 422: "a field is wrong: `param` names it",
+        400: "the body is not JSON", 403: "the url's signature does not fit, or it has expired",
+        404: "unknown model or job", 409: "the job's state, or a reused key, forbids it", 413: "the body is too large",
+        415: "not a media type of this route", 422: "a field is wrong: `param` names it",
         429: "the queue is full: see Retry-After", 504: "the job's time was over",
     }  # fmt: skip
     named = {str(status): answer(texts[status], ErrorAnswer) for status in errors}
@@ -144,6 +212,24 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
     },
     *_BODY_ERRORS, 404, 409, 429, 504,
 )  # fmt: skip
+_IMAGE_ANSWERS = answers(
+    {"200": answer("the pictures, as urls or in base64", ImagesAnswer), "202": _ACCEPTED},
+    *_BODY_ERRORS, 404, 409, 429, 504,
+)  # fmt: skip
+IMAGES = body(ImageGenerationRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
+EDITS = body(ImageEditRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
+EDITS["requestBody"]["content"]["multipart/form-data"] = {"schema": ref(EDIT_FORM)}
+OUTPUT = answers(
+    {
+        "200": {
+            "description": "the file, with its SHA-256 as ETag",
+            "content": {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}}
+                        for kind in ("png", "jpeg", "webp")},
+        },
+        "304": {"description": "the client has it: its ETag was in If-None-Match"},
+    },
+    403, 404, 422,
+)  # fmt: skip
 CREATE_JOB = body(JobRequest) | {"parameters": [KEY, PREFER]} | answers(
     {"200": answer("the job, which has ended", Job), "202": _ACCEPTED}, *_BODY_ERRORS, 404, 409, 429
 )  # fmt: skip
@@ -153,7 +239,15 @@ GET_JOB = answers({"200": _JOB}, 404, 422)
 PATCH_JOB = body(JobUpdate) | answers({"200": _JOB}, *_BODY_ERRORS, 404, 409)
 CANCEL_JOB = answers({"202": answer("the job, cancelling or cancelled", Job)}, 404, 409)
 RETRY_JOB = answers({"202": _ACCEPTED}, 404, 409)
-RESULT = answers({"200": answer("the answer alone", ChatCompletion)}, 404, 409, 504)
+RESULT = answers(
+    {
+        "200": {
+            "description": "the answer alone",
+            "content": {"application/json": {"schema": {"oneOf": [ref(ChatCompletion), ref(ImagesAnswer)]}}},
+        }
+    },
+    404, 409, 504,
+)  # fmt: skip
 EVENTS = answers(
     {
         "200": answer("server-sent events with `sequence_number`", media="text/event-stream"),

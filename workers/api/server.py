@@ -17,8 +17,9 @@ from starlette.responses import HTMLResponse, Response
 from inferfleet.tasks.errors import FleetError, InvalidRequest, SetupError
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
+from inferfleet.tasks.stores import AsyncRedisStore
 from inferfleet.workers import logs
-from inferfleet.workers.api import chat, health, jobs, models
+from inferfleet.workers.api import chat, health, images, jobs, models, outputs
 from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
@@ -53,7 +54,8 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         hub, ringer = Hub(ledger, reader), Ringer(ring)
         door = Door(settings, ledger, ringer)
         keys_required = not is_loopback(settings.api_host)
-        app.state.services = Services(settings, ledger, hub, door, metrics, keys_required)
+        store = AsyncRedisStore(ledger, settings.result_ttl_seconds)
+        app.state.services = Services(settings, ledger, store, hub, door, metrics, keys_required)
         reading = asyncio.create_task(hub.run())
         try:
             yield
@@ -66,12 +68,12 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
     app = FastAPI(
         title="inferfleet",
         version="1",
-        description="Chat jobs behind a queue: OpenAI's surface, and the jobs themselves under /v1/jobs.",
+        description="Chat and picture jobs behind a queue: OpenAI's surface, and the jobs themselves under /v1/jobs.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
     )
-    for router in (chat.router, jobs.router, models.router, health.router):
+    for router in (chat.router, images.router, jobs.router, outputs.router, models.router, health.router):
         app.include_router(router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.settings import Settings
+from inferfleet.tasks.stores import AsyncStore
 from inferfleet.workers.api.door import Door
 from inferfleet.workers.api.hub import Hub
 from inferfleet.workers.api.telemetry import HttpMetrics
@@ -16,6 +17,8 @@ from inferfleet.workers.api.telemetry import HttpMetrics
 class Services:
     settings: Settings
     ledger: AsyncLedger
+    #: Where the pictures are.
+    store: AsyncStore
     hub: Hub
     door: Door
     metrics: HttpMetrics

@@ -7,19 +7,21 @@ from typing import TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from inferfleet.tasks.errors import AlreadyTerminal, JobFailed, JobNotFound, LedgerUnavailable, from_dict
-from inferfleet.tasks.job_object import Job, to_job_object
-from inferfleet.tasks.records import JobRecord
+from inferfleet.tasks.errors import AlreadyTerminal, JobNotFound, LedgerUnavailable
+from inferfleet.tasks.records import Submitted
 from inferfleet.workers import logs
+from inferfleet.workers.api.accept import replay_headers
+from inferfleet.workers.api.prefer import Prefer
 from inferfleet.workers.api.services import Services
+from inferfleet.workers.api.showing import accepted_response, answer_response
 from inferfleet.workers.api.sse import cancel_and_wait, gone
 
 log = logs.get("api")
 
 T = TypeVar("T")
 
-#: When to ask again, for clients that poll.
-POLL_AFTER_MS = "1000"
+#: nginx's number for a client that left; nobody reads it but the metrics.
+CLIENT_LEFT = 499
 
 
 class ClientGone(Exception):
@@ -52,28 +54,28 @@ async def cancel_for_nobody(use: Services, job_id: str, tenant: str) -> None:
         log.warning("job_cancel_failed", job_id=job_id, reason=error.message)
 
 
-def answer_of(record: JobRecord) -> bytes:
-    """The JSON of an ended job's answer. Raises the error that it failed with."""
-    if record.response is not None:
-        return record.response
-    raise from_dict(record.error) if record.error else JobFailed(f"the job ended as {record.state}")
+async def answered(request: Request, use: Services, submitted: Submitted, tenant: str, prefer: Prefer) -> Response:
+    """The answer of an accepted job, or the job itself where the client would rather not wait for it.
+
+    Raises ClientGone, and the error that the job ended with.
+    """
+    job_id, seconds = submitted.job_id, prefer.wait_seconds
+    headers = replay_headers(submitted)
+    if seconds is None:
+        record = await unless_gone(request, use.hub.until_ended(job_id, tenant))
+        return await answer_response(request, use, record, headers)
+    if seconds == 0:  # whoever asks for a job and not for its answer may leave at once
+        record = await use.ledger.get(job_id, tenant)
+    else:
+        record = await unless_gone(request, use.hub.until_ended(job_id, tenant, seconds))
+    headers["preference-applied"] = f"wait={seconds:.0f}" if seconds else "respond-async"
+    if record.terminal:
+        return await answer_response(request, use, record, headers)
+    return await accepted_response(request, use, record, headers)
 
 
-def shown(use: Services, record: JobRecord) -> Job:
-    """The job object of a record."""
-    settings = use.settings
-    return to_job_object(record, max_attempts=settings.max_deaths, result_ttl_seconds=settings.result_ttl_seconds)
-
-
-def job_response(
-    use: Services, record: JobRecord, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    """The job object as an answer, with the polling hint while it has not ended."""
-    polling = {} if record.terminal else {"openai-poll-after-ms": POLL_AFTER_MS}
-    body = shown(use, record).model_dump_json()
-    return Response(body, status, {**polling, **(headers or {})}, media_type="application/json")
-
-
-def accepted_response(use: Services, record: JobRecord, headers: dict[str, str]) -> Response:
-    """202 with the job object, as far as it has come, and where to find it."""
-    return job_response(use, record, 202, {"location": f"/v1/jobs/{record.id}", **headers})
+async def leave(request: Request, use: Services, job_id: str, tenant: str) -> Response:
+    """What to do about the job of a client that left: it may come back for it if it named an Idempotency-Key."""
+    if "idempotency-key" not in request.headers:
+        await cancel_for_nobody(use, job_id, tenant)
+    return Response(status_code=CLIENT_LEFT)
