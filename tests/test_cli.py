@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -23,10 +22,11 @@ from live_api import LiveApi, running_api
 from parity.checkpoints.writing import write
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
+from shell import Ran, shell
 
 from inferfleet.tasks.client import Client
 from inferfleet.tasks.errors import LedgerUnavailable
-from inferfleet.workers import cli, cli_chat, embedded
+from inferfleet.workers import cli_chat, embedded
 from inferfleet.workers.embedded import find_server, start_redis
 from inferfleet.workers.keys import digest
 from inferfleet.workers.processes import ChildFailed, start_child
@@ -44,17 +44,6 @@ class Quiet:
     def note(self, text: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
 @pytest.fixture(scope="module")
 def shared_api(session_redis) -> Iterator[LiveApi]:
     with running_api(session_redis.url) as api:
@@ -69,22 +58,7 @@ def api(shared_api: LiveApi) -> LiveApi:
 
 @pytest.fixture
 def run(api: LiveApi, monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
-    """run("jobs", "list") as the shell would, in an empty folder, without a terminal."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INFERFLEET_API_URL", api.url)
-    monkeypatch.setenv("INFERFLEET_REDIS_URL", api.settings.redis_url)
-    monkeypatch.setenv("INFERFLEET_NAMESPACE", api.settings.namespace)
-    monkeypatch.setenv("INFERFLEET_DATA_DIR", str(tmp_path / "data"))
-
-    def call(*arguments: str, stdin: str = "") -> Ran:
-        monkeypatch.setattr(sys, "argv", ["inferfleet", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), printed.out, printed.err)
-
-    return call
+    return shell(api, monkeypatch, capsys, tmp_path)
 
 
 def make_job(api: LiveApi, text: str, **headers: str) -> str:
@@ -256,8 +230,8 @@ def test_the_shell_completes_models_and_jobs(run, api, monkeypatch):
 
 
 def test_completion_scripts_are_there_for_the_shells():
-    for shell in ("bash", "zsh"):
-        env = {**os.environ, "_INFERFLEET_COMPLETE": f"source_{shell}"}
+    for name in ("bash", "zsh"):
+        env = {**os.environ, "_INFERFLEET_COMPLETE": f"source_{name}"}
         done = subprocess.run([sys.executable, "-c", COMPLETE], env=env, capture_output=True, text=True, check=False)
         assert "_INFERFLEET_COMPLETE" in done.stdout, done.stderr
 

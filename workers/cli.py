@@ -11,6 +11,7 @@ from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
 from inferfleet.workers import cli_jobs, cli_keys, cli_models
 from inferfleet.workers.cli_chat import chat
+from inferfleet.workers.cli_image import image
 from inferfleet.workers.cli_login import login
 from inferfleet.workers.cli_options import DataDir, Json, Models, data_dir, named_models
 from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print_error
@@ -29,6 +30,7 @@ EXTRAS = {
     "prometheus_client": "worker",
     "torch": "worker",
     "huggingface_hub": "worker",
+    "PIL": "image",
 }
 
 
@@ -46,6 +48,7 @@ app = typer.Typer(
     help="A fleet of inference workers behind a queue.",
 )
 app.command()(chat)
+app.command()(image)
 app.command()(login)
 app.command()(quantize)
 app.add_typer(cli_jobs.app, name="jobs")

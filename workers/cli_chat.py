@@ -36,7 +36,7 @@ def chat(
     if prompt is None and json:
         raise typer.BadParameter("a conversation cannot be printed as JSON: give a question", param_hint="--json")
     with api_client(api_url, api_key) as client:
-        body: dict[str, Any] = {"model": pick_model(client, model)}
+        body: dict[str, Any] = {"model": pick_model(client, model, kind="text")}
         body |= {name: value for name, value in options.items() if value is not None}
         if prompt is None:
             _converse(client, body, messages)

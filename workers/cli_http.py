@@ -40,18 +40,33 @@ class ApiClient:
         self._http.close()
 
     def request(
-        self, method: str, path: str, *, body: Any = None, params: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> dict[str, Any]:
         """One call. Raises the FleetError that the API answered with, or ApiUnreachable."""
+        content, own = _json(body)
         with self._reaching():
-            response = self._http.request(method, path, params=params, **_json(body))
+            response = self._http.request(method, path, params=params, content=content, headers=own | (headers or {}))
             _raise_for_error(response)
             answer: dict[str, Any] = response.json() if response.content else {}
             return answer
 
+    def read(self, path: str) -> bytes:
+        """A file of the API. Errors as in `request`."""
+        with self._reaching():
+            response = self._http.get(path)
+            _raise_for_error(response)
+            return bytes(response.content)
+
     def stream(self, method: str, path: str, *, body: Any = None) -> Iterator[dict[str, Any]]:
         """The events of a stream until `[DONE]` or its end; an error inside the stream is raised."""
-        with self._reaching(), self._http.stream(method, path, **_json(body)) as response:
+        content, headers = _json(body)
+        with self._reaching(), self._http.stream(method, path, content=content, headers=headers) as response:
             if response.status_code >= 400:
                 response.read()
                 _raise_for_error(response)
@@ -71,10 +86,10 @@ class ApiClient:
             raise ApiUnreachable(f"no answer from the API at {self.url}: {error or type(error).__name__}") from error
 
 
-def _json(body: Any) -> dict[str, Any]:
+def _json(body: Any) -> tuple[bytes | None, dict[str, str]]:
     if body is None:
-        return {}
-    return {"content": json.dumps(body).encode(), "headers": {"content-type": "application/json"}}
+        return None, {}
+    return json.dumps(body).encode(), {"content-type": "application/json"}
 
 
 def _raise_for_error(response: httpx2.Response) -> None:

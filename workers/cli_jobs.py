@@ -1,16 +1,19 @@
-"""`inferfleet jobs`: list, show, wait, cancel, retry."""
+"""`inferfleet jobs`: list, show, wait, cancel, retry, output."""
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from inferfleet.tasks.errors import JobNotFound
+from inferfleet.tasks.errors import JobNotFound, NotTerminal, OutputNotFound, from_dict
 from inferfleet.tasks.names import TERMINAL
 from inferfleet.workers.cli_http import ApiClient
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models
 from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_table
+from inferfleet.workers.cli_saving import Target, finish, refuse_mixed
+from inferfleet.workers.loading import in_units
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
 
@@ -104,6 +107,32 @@ def retry(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: Ap
     print_json(job) if json else out.print(f"{job['id']} {job['status']}")
 
 
+@app.command()
+def output(
+    job_id: JobId,
+    file: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to; - is stdout, default JOB_ID.png.")
+    ] = None,
+    index: Annotated[int | None, typer.Option(min=0, help="Only the picture with this number, from 0.")] = None,
+    json: Json = False,
+    api_url: ApiUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Save the pictures of a job that completed; several as FILE-0, FILE-1, ..."""
+    target = Target(file)
+    with api_client(api_url, api_key) as client:
+        job = client.request("GET", path_of(job_id))
+        if job["status"] != "completed":
+            raise from_dict(job["error"]) if job["error"] else NotTerminal(f"the job is {job['status']}")
+        count = len(job["outputs"])
+        if not 0 <= (index or 0) < count:
+            wanted = "no pictures" if not count else f"{count} pictures, numbered from 0"
+            raise OutputNotFound(f"{job_id} has {wanted}", param="index")
+        refuse_mixed(target, json=json)
+        target.check(1 if index is not None else count)
+        finish(client, job, target, index, json=json)
+
+
 def path_of(job_id: str) -> str:
     """A job's route. An id that could lead to another route is no job's: JobNotFound."""
     if not ID.fullmatch(job_id):
@@ -123,9 +152,17 @@ def print_job(job: dict[str, Any]) -> None:
     ]
     facts += [(name, str(value)) for name, value in (job.get("metrics") or {}).items() if value is not None]
     facts += [(name, str(value)) for name, value in (job.get("usage") or {}).items() if isinstance(value, int)]
+    if progress := job.get("progress_detail"):
+        facts.append(("progress", f"step {progress['step']} of {progress['steps']}"))
+    facts += [(f"picture {output['index']}", _picture(output)) for output in job["outputs"]]
     if error := job.get("error"):
         facts.append(("error", f"{error['code']}: {error['message']}"))
     print_facts(facts)
     for choice in ((job.get("response") or {}).get("body") or {}).get("choices", []):
         out.print()
         out.print(choice["message"]["content"] or "", markup=False)
+
+
+def _picture(output: dict[str, Any]) -> str:
+    size = f"{output['width']}x{output['height']} {output['content_type']}, {in_units(output['size_bytes'])}"
+    return f"{size}, seed {output['seed']}, {output['url']}"

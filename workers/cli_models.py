@@ -43,10 +43,16 @@ def models(context: typer.Context, json: Json = False, api_url: ApiUrl = None, a
         print_json(listed)
         return
     rows = [
-        (card["id"], _status(card), str(card.get("family", "-")), str(card.get("max_model_len") or "-"))
+        (
+            card["id"],
+            _status(card),
+            str(card.get("family", "-")),
+            str(card.get("max_model_len") or "-"),
+            str(card.get("kind") or "-"),
+        )
         for card in listed["data"]
     ]
-    print_table(("MODEL", "STATUS", "FAMILY", "CONTEXT"), rows)
+    print_table(("MODEL", "STATUS", "FAMILY", "CONTEXT", "KIND"), rows)
 
 
 @app.command()

@@ -87,13 +87,21 @@ def named_models(values: list[str] | None) -> dict[str, ModelSpec] | None:
     return models
 
 
-def pick_model(client: ApiClient, wanted: str | None) -> str:
-    """The model that was asked for, or the only one there is."""
+def pick_model(client: ApiClient, wanted: str | None, *, kind: str) -> str:
+    """The model that was asked for, or the only one of its kind ("text", "image") that there is."""
     if wanted is not None:
         return wanted
-    names = [model["id"] for model in client.request("GET", "/v1/models")["data"]]
-    if not names:
-        raise ModelNotFound("no model is served; start a worker with `inferfleet worker --model NAME=PATH`")
-    if len(names) > 1:
-        raise InvalidRequest(f"several models are served, choose one with --model: {', '.join(names)}", param="model")
-    return str(names[0])
+    cards = client.request("GET", "/v1/models")["data"]
+    # The kind of a model that no worker has loaded yet may be unknown: it is a candidate only where none is sure.
+    sure = [str(card["id"]) for card in cards if card.get("kind") == kind]
+    found = sure or [str(card["id"]) for card in cards if card.get("kind") is None]
+    if not found:
+        others = ", ".join(f"{card['id']} ({card['kind']})" for card in cards)
+        beside = f" beside {others}" if others else ""
+        raise ModelNotFound(
+            f"no {kind} model is served{beside}; start a worker with `inferfleet worker --model NAME=PATH`"
+        )
+    if len(found) > 1:
+        listed = ", ".join(found)
+        raise InvalidRequest(f"several {kind} models are served, choose one with --model: {listed}", param="model")
+    return found[0]

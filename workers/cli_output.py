@@ -23,6 +23,7 @@ EXIT_CODES = {
     "ledger_unavailable": EXIT_UNREACHABLE,
     "hub_unreachable": EXIT_UNREACHABLE,
     "job_not_found": EXIT_NOT_FOUND,
+    "output_not_found": EXIT_NOT_FOUND,
     "model_not_found": EXIT_NOT_FOUND,
 }
 
@@ -31,6 +32,9 @@ HINTS = {
     "api_unreachable": "start it with `inferfleet up`, or point at it with --api-url or INFERFLEET_API_URL",
     "ledger_unavailable": "check that Redis runs and INFERFLEET_REDIS_URL is right; `inferfleet up` brings its own",
     "job_not_found": "list what is there with `inferfleet jobs list`",
+    "output_not_found": "see what the job made with `inferfleet jobs show ID`",
+    "damaged_download": "fetch it again with `inferfleet jobs output ID`; if it stays so, the store is damaged",
+    "not_terminal": "wait for its end with `inferfleet jobs wait ID`",
     "model_not_found": "list what is served with `inferfleet models`",
     "unauthorized": "pass --api-key or set INFERFLEET_API_KEY; make a key with `inferfleet keys create`",
     "queue_full": "wait a little, or raise max_queued",
