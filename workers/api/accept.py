@@ -13,6 +13,7 @@ from inferfleet.tasks.contracts import JobRequest
 from inferfleet.tasks.errors import JobNotFound
 from inferfleet.tasks.ledger import as_unavailable
 from inferfleet.tasks.records import Submitted
+from inferfleet.workers.api.door import Sealed, sealed
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
 from inferfleet.workers.api.services import Services
 
@@ -23,14 +24,15 @@ async def accept(use: Services, headers: Headers, job: JobRequest, tenant: str) 
     """Submits the job that a POST asks for, or finds the one that an earlier try of the same request made."""
     key = read_idempotency_key(headers)
     tries = read_retry_count(headers)
+    accepted = await sealed(job)
     if key is not None or tries is None:
-        return await use.door.submit(job, tenant, idempotency_key=key)
-    job_id = await _sdk_job_id(use, job, tenant, again=tries > 0)
-    return await use.door.submit(job, tenant, job_id=job_id)
+        return await use.door.submit(accepted, tenant, idempotency_key=key)
+    job_id = await _sdk_job_id(use, accepted, tenant, again=tries > 0)
+    return await use.door.submit(accepted, tenant, job_id=job_id)
 
 
-async def _sdk_job_id(use: Services, job: JobRequest, tenant: str, *, again: bool) -> str:
-    digest = hashlib.sha256(f"{len(tenant)}:{tenant}".encode() + job.envelope()).hexdigest()
+async def _sdk_job_id(use: Services, job: Sealed, tenant: str, *, again: bool) -> str:
+    digest = hashlib.sha256(f"{len(tenant)}:{tenant}:{job.hash}".encode()).hexdigest()
     memory = f"{use.ledger.prefix}sdk:{digest}"
     if again:
         with as_unavailable():

@@ -1,11 +1,13 @@
 """The one way into the ledger: what must be true of a job before it is accepted, and how it is accepted once."""
 
+import asyncio
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inferfleet.tasks import names
-from inferfleet.tasks.contracts import Body, ChatCompletionRequest, JobRequest, body_hash, check_card
+from inferfleet.tasks.contracts import Body, ChatCompletionRequest, ImageEditRequest, JobRequest, body_hash, check_card
 from inferfleet.tasks.errors import ModelNotFound
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Submitted
@@ -17,6 +19,27 @@ Card = dict[str, Any]
 
 #: Cards change when workers come and go; a request need not ask for them again within this time.
 CARDS_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A job with its envelope, which is made once: with a picture in it that takes a while."""
+
+    request: JobRequest
+    envelope: bytes
+    hash: str
+
+    @classmethod
+    def of(cls, request: JobRequest) -> "Sealed":
+        envelope = request.envelope()
+        return cls(request, envelope, body_hash(envelope))
+
+
+async def sealed(request: JobRequest) -> Sealed:
+    """In a thread where the body holds a picture, so that others are answered meanwhile."""
+    if isinstance(request.body, ImageEditRequest):
+        return await asyncio.to_thread(Sealed.of, request)
+    return Sealed.of(request)
 
 
 class Door:
@@ -39,16 +62,16 @@ class Door:
             await self._counter.check(request, card.get("max_model_len"))
 
     async def submit(
-        self, request: JobRequest, tenant: str, *, job_id: str | None = None, idempotency_key: str | None = None
+        self, job: Sealed, tenant: str, *, job_id: str | None = None, idempotency_key: str | None = None
     ) -> Submitted:
         """Accepts a checked job once. Raises QueueFull, IdempotencyKeyReuse, LedgerUnavailable."""
-        envelope = request.envelope()
+        request = job.request
         submitted = await self._ledger.submit(
             job_id or names.new_job_id(),
-            envelope,
+            job.envelope,
             model=request.body.model,
             tenant=tenant,
-            body_hash=body_hash(envelope),
+            body_hash=job.hash,
             priority=request.effective_priority,
             deadline_ms=request.deadline_ms,
             start_timeout_ms=request.start_timeout_ms,

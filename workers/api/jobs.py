@@ -17,6 +17,7 @@ from inferfleet.workers.api import openapi
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.door import sealed
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
@@ -69,7 +70,7 @@ async def put_job(job_id: str, request: Request, tenant: Tenant, use: Use) -> Re
     if not JOB_ID.fullmatch(job_id):
         raise InvalidRequest("a job id is job_ and 32 lower-case hexadecimal digits", param="job_id")
     job = await _read_job(request, use)
-    submitted = await use.door.submit(job, tenant, job_id=job_id)
+    submitted = await use.door.submit(await sealed(job), tenant, job_id=job_id)
     return await accepted_response(request, use, await use.ledger.get(job_id, tenant), replay_headers(submitted))
 
 
