@@ -66,7 +66,9 @@ def _values(parts: Sequence[Part]) -> dict[str, Any]:
             name, first, second = found[1], found[2][1:-1], (found[3] or "")[1:-1]
             bracketed.setdefault(name, []).append((first, second, part.text))
         elif part.name == IMAGE:
-            raise InvalidRequest("image must be a file of the form, with a file name", param=IMAGE)
+            raise InvalidRequest(
+                "image must be a file of the form, with a file name (curl: -F image=@FILE)", param=IMAGE
+            )
         elif part.name in values:
             raise InvalidRequest(f"{part.name} is given twice", param=part.name)
         else:
