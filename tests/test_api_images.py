@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,17 +19,22 @@ from live_api import LiveApi, running_api, serving
 from PIL import Image
 from test_api_door import twisted
 
-from inferfleet.tasks.settings import ModelSpec
+from inferfleet.tasks.settings import ImageSettings, ModelSpec
 from inferfleet.workers.api.signing import signed_url
 from inferfleet.workers.keys import digest, new_key
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 EDIT_LIMIT = 1 << 20
+DEMO_MODEL = Path(__file__).parents[1] / "ops" / "demo_model"
 
 
 @pytest.fixture(scope="module")
 def shared_api(session_redis) -> Iterator[LiveApi]:
-    models = {"unserved": ModelSpec(path="/nowhere")}
+    models = {
+        "unserved": ModelSpec(path="/nowhere"),
+        "painter": ModelSpec(path="/nowhere", image=ImageSettings()),
+        "writer": ModelSpec(path=str(DEMO_MODEL)),
+    }
     with running_api(
         session_redis.url, served=("paper", "flux"), max_body_bytes=256 * 1024, max_edit_bytes=EDIT_LIMIT, models=models
     ) as api:
@@ -428,6 +434,15 @@ def test_each_kind_of_model_refuses_the_others_jobs_and_names_their_route(http):
     assert GENERATIONS in chat.json()["error"]["message"]
     assert refusal(job) == (422, "invalid_request", "model")
     assert "/v1/chat/completions" in job.json()["error"]["message"]
+
+
+def test_a_model_that_no_worker_has_loaded_is_of_the_kind_that_its_settings_or_its_folder_say(http):
+    kinds = {card["id"]: card.get("kind") for card in http.get("/v1/models").json()["data"]}
+
+    assert kinds == {"flux": "image", "painter": "image", "paper": "text", "unserved": None, "writer": "text"}
+    chat = {"model": "painter", "messages": [{"role": "user", "content": "hi"}]}
+    assert GENERATIONS in http.post("/v1/chat/completions", json=chat).json()["error"]["message"]
+    assert "/v1/chat" in http.post(GENERATIONS, json=asked(model="writer")).json()["error"]["message"]
 
 
 def test_the_document_describes_the_form_the_answer_and_the_file(http):

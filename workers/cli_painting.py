@@ -67,6 +67,8 @@ class TerminalView:
     def waits(self, job: dict[str, Any]) -> None:
         ahead = job.get("queue_position")
         detail = "" if ahead is None else "next" if ahead == 0 else f"{ahead} ahead"
+        if ahead and job.get("eta_seconds") is not None:
+            detail += f", about {job['eta_seconds']:.0f} s"
         self._bar.update(self._task, description="queued", detail=detail, total=None)
 
     def step(self, step: int, steps: int) -> None:

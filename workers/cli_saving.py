@@ -69,7 +69,7 @@ class Target:
         """out.png, or out-0.png and so on for several."""
         if self.path is None:
             known = (ending for ending, name in ENDINGS.items() if output["content_type"] == f"image/{name}")
-            base = Path(job_id + next(known, ""))
+            base = Path(Path(job_id).name + next(known, ""))  # whatever the server says, the file lies here
         else:
             base = self.path
         return base if count == 1 else base.with_name(f"{base.stem}-{output['index']}{base.suffix}")

@@ -71,7 +71,7 @@ def _kind(facts: Mapping[str, Any]) -> str:
         return repr(facts["const"])
     if facts.get("type") == "array":
         return f"array of {_kind(facts.get('items', {}))}"
-    return str(facts.get("type", "any"))
+    return "file" if facts.get("format") == "binary" else str(facts.get("type", "any"))
 
 
 def _text(facts: Mapping[str, Any]) -> str:
