@@ -1,11 +1,15 @@
 """The API before real Celery workers with scripted engines: what a user sees while workers come and die."""
 
+import base64
+import json
 import signal
 from collections.abc import Iterator
 
+import httpx2
 import openai
 import pytest
 from fake_engine import answer
+from fake_pictures import picture
 from fleet import Fleet, until
 from live_api import LiveApi, api_of_workers
 
@@ -117,3 +121,56 @@ def test_the_scrape_shows_what_workers_counted(fleet, api):
     line = next(line for line in page.splitlines() if line.startswith("inferfleet_generation_tokens_total{"))
     assert 'worker="' in line
     assert line.endswith(" 7.0")
+
+
+def counters(http: httpx2.Client, model: str) -> dict[str, float]:
+    """Samples of one model on the page of metrics, by name."""
+    lines = [line for line in http.get("/metrics").text.splitlines() if f'model_name="{model}"' in line]
+    return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_a_worker_are_answered_as_urls_and_in_base64_and_counted(fleet, api):
+    fleet.start_worker({"painter": "image"})
+    asked = {"model": "painter", "prompt": "x", "n": 2, "size": "64x32", "extra_body": {"seed": 7}}
+
+    urls = api.sdk().images.generate(**asked)
+    whole = api.sdk().images.generate(**asked, response_format="b64_json")
+
+    expected = [picture(seed, 64, 32) for seed in (7, 8)]
+    with api.http() as http:
+        assert [http.get(one.url).content for one in urls.data] == expected
+        counted = until(lambda: (found := counters(http, "painter")).get("inferfleet_pictures_total") == 4 and found)
+    assert [base64.b64decode(one.b64_json) for one in whole.data] == expected
+    assert (whole.licence, whole.usage.input_tokens_details.text_tokens) == ("apache-2.0", 1)
+    assert counted["inferfleet_denoising_steps_total"] == 16
+
+
+def test_a_picture_is_the_same_and_its_events_begin_anew_when_its_worker_is_killed(fleet, api):
+    first = fleet.start_worker({"painter": "image"})
+    with api.http() as http:
+        body = {"model": "painter", "prompt": "step=0.05", "num_inference_steps": 30, "seed": 3}
+        job_id = http.post("/v1/jobs", json={"url": "/v1/images/generations", "body": body}).json()["id"]
+        until(lambda: (http.get(f"/v1/jobs/{job_id}").json()["progress_detail"] or {"step": 0})["step"] > 2)
+        first.kill()
+        fleet.start_worker({"painter": "image"})
+        with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+        (output,) = http.get(f"/v1/jobs/{job_id}").json()["outputs"]
+        assert http.get(output["url"]).content == picture(3)
+
+    steps = [event["step"] for event in events if event["type"] == "job.progress"]
+    assert steps != sorted(steps)
+    assert steps[-1] == 30
+    assert [event["type"] for event in events].count("job.output") == 1
+
+
+def test_a_client_that_leaves_its_picture_frees_the_engine(fleet, api):
+    fleet.start_worker({"painter": "image"})
+    with pytest.raises(openai.APITimeoutError):
+        api.sdk().with_options(timeout=1).images.generate(model="painter", prompt="step=5")
+
+    (record,) = fleet.ledger.list("default", model="painter").jobs
+    assert fleet.wait(record.id).state == "cancelled"

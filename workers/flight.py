@@ -85,6 +85,16 @@ class Flight(ABC):
         return 0
 
     @property
+    def num_pictures_made(self) -> int:
+        """Pictures that are in the store."""
+        return 0
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of this attempt, over all its pictures."""
+        return 0
+
+    @property
     def finish_reasons(self) -> Sequence[str]:
         """Why each of its answers ended."""
         return ()

@@ -52,6 +52,15 @@ class ImageFlight(Flight):
         self._seen: set[int] = set()
         self._num_bytes = 0
         self._preview_chars = 0
+        self._num_steps = 0
+
+    @property
+    def num_pictures_made(self) -> int:
+        return len(self._outputs)
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -77,6 +86,7 @@ class ImageFlight(Flight):
         with self._lock:
             first = self._is_first()
             if delta["kind"] == "progress":
+                self._num_steps = delta["step"]
                 self._replace({"type": names.PROGRESS, "step": delta["step"], "steps": delta["steps"]})
             elif delta["kind"] == "preview":
                 self._preview(delta)

@@ -71,6 +71,8 @@ class Meter:
         self._jobs = self._counter("jobs", "Jobs ended by this worker.", "status")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended jobs.")
         self._new_tokens = self._counter("generation_tokens", "Tokens generated for ended jobs.")
+        self._pictures = self._counter("pictures", "Pictures of completed jobs.")
+        self._steps = self._counter("denoising_steps", "Denoising steps of ended jobs, over all their pictures.")
         self._leases_lost = self._counter("leases_lost", "Jobs that were given to somebody else meanwhile.")
         self._reasons = self._counter("request_success", "Answers by why they ended.", "finished_reason")
         self._reaped = Counter(
@@ -95,7 +97,9 @@ class Meter:
         self._queued.labels(model).observe(queued)
         self._run.labels(model).observe(run)
         self._whole.labels(model).observe(queued + run)
+        self._steps.labels(model).inc(flight.num_steps)
         if state == "completed":
+            self._pictures.labels(model).inc(flight.num_pictures_made)
             for reason in flight.finish_reasons:
                 self._reasons.labels(model, reason).inc()
         measured = {"execution_ms": _ms(run)}
