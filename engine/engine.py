@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ from inferfleet.engine.admission import NOTHING_PUBLISHED, Admission, Published
 from inferfleet.engine.answer import Answer
 from inferfleet.engine.batch import Batch, BatchBuilder
 from inferfleet.engine.cache import Cache
-from inferfleet.engine.errors import EngineError, GroupBroken, InvalidRequest, NumericalError, OutOfMemory
+from inferfleet.engine.errors import EngineError, InvalidRequest, NumericalError
+from inferfleet.engine.failures import explain
 from inferfleet.engine.logprobs import openai_entry
 from inferfleet.engine.output import Delta, StepOutput, Usage
 from inferfleet.engine.request import Request, Status
@@ -25,8 +25,6 @@ from inferfleet.engine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from inferfleet.engine.families import Computes
 
-
-log = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits were not finite for this request"
 
@@ -77,7 +75,7 @@ class Engine:
             batch = self._build(plan)
             sampled = self._run(batch)
         except Exception as error:
-            self._fail(plan.rows, self._explain(error), out)
+            self._fail(plan.rows, explain(error, self.device), out)
             return out
         self._fail([batch.sample_rows[row] for row in sampled.failed], NumericalError(NOT_FINITE), out)
         self.scheduler.record(plan, sampled.token_ids)
@@ -239,16 +237,3 @@ class Engine:
                     self.scheduler.finish(request, "error")
             self._forget(request_id)
             out.errors.append((request_id, error))
-
-    def _explain(self, error: Exception) -> EngineError:
-        """What a failed batch tells its requests. Raises what no later step could survive either."""
-        log.exception("a step failed")
-        if isinstance(error, GroupBroken):
-            raise error
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # raises again if the device itself is broken: this process has to end
-        if isinstance(error, EngineError):
-            return error
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            return OutOfMemory("a step with this request needed more memory than the device has")
-        return EngineError(f"the step with this request failed: {type(error).__name__}")

@@ -1,10 +1,14 @@
-"""The noise schedule of a pipeline: what scheduler/scheduler_config.json says of it."""
+"""The noise schedule of a pipeline: what scheduler/scheduler_config.json says of it, and the noise levels it gives."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from inferfleet.engine.config import Fields
 from inferfleet.engine.model_errors import BadModelConfig
@@ -46,3 +50,17 @@ class ScheduleConfig:
         if found.base_image_seq_len == found.max_image_seq_len:
             raise BadModelConfig(f"{fields.where}: base_image_seq_len and max_image_seq_len must differ")
         return found
+
+    def sigmas(self, num_steps: int, num_tokens: int) -> Tensor:
+        """Noise levels of a picture of so many latent tokens, [num_steps + 1] float32 from 1 down to 0.
+
+        1 to 1/n in even steps, then stretched (Esser et al. 2024, section 5.3.2, with e^mu for their shift).
+        """
+        even = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).float()
+        if self.use_dynamic_shifting:
+            slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+            stretch = math.exp(self.base_shift + slope * (num_tokens - self.base_image_seq_len))
+            stretched = stretch / (stretch + (1 / even - 1))
+        else:
+            stretched = self.shift * even / (1 + (self.shift - 1) * even)
+        return torch.cat([stretched, torch.zeros(1)])
