@@ -25,6 +25,18 @@ from inferfleet.engine.progress import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+#: The header's names of the formats that are read, and of those that a refusal should name.
+_FORMATS = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,9 +121,10 @@ class TensorsByName:
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As the file's header has it."""
-        return tuple(self._places[name].get_slice(name).get_shape())
+    def outline(self, name: str) -> Tensor:
+        """Shape and number format of a tensor, from the file's header: it lies on the meta device."""
+        header = self._places[name].get_slice(name)
+        return torch.empty(header.get_shape(), dtype=_FORMATS.get(header.get_dtype(), torch.uint8), device="meta")
 
     def read(self, name: str) -> Tensor:
         try:

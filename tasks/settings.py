@@ -42,7 +42,8 @@ class ImageSettings(BaseModel):
     max_batch_size: int = Field(default=8, ge=1, le=256)
     #: Largest width * height of a picture.
     max_pixels: int = Field(default=2048 * 2048, ge=256, le=1 << 22)
-    #: Text encoders stay on the device, or on the host and come over for each new prompt.
+    #: "offloaded" text encoders come to the device part by part for each new prompt, from the host's memory to a GPU,
+    #: from the files to a CPU.
     encoders: Literal["resident", "offloaded"] = "resident"
     #: Bytes of prompt embeddings that are kept for jobs with the same prompt; 0 = none.
     prompt_cache_bytes: int = Field(default=256 << 20, ge=0)

@@ -100,13 +100,22 @@ def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for(tmp_path, stor
     assert embedded(pipeline).dtype == computes_in
 
 
-def test_weights_in_a_format_that_is_not_read_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("component", "words"),
+    [
+        ("transformer", "weights are stored as F8_E4M3"),
+        ("text_encoder_2", "is stored as torch.float8_e4m3fn"),
+        ("vae", "is stored as torch.float8_e4m3fn"),
+    ],
+)
+@pytest.mark.parametrize("encoders", ["resident", "offloaded"])
+def test_weights_in_a_format_that_is_not_read_are_refused(tmp_path, component, words, encoders):
     write(tmp_path, shape=SMALL)
-    path = weights_file(tmp_path, "transformer")
+    path = weights_file(tmp_path, component)
     save(path.parent, path.stem, {name: t.to(torch.float8_e4m3fn) for name, t in load_file(path).items()})
 
-    with pytest.raises(UnsupportedModel, match="stored as F8_E4M3"):
-        load(tmp_path)
+    with pytest.raises(UnsupportedModel, match=words):
+        load(tmp_path, encoders=encoders)
 
 
 @pytest.mark.parametrize("component", STEMS)

@@ -14,6 +14,7 @@ from fakehub import COMMIT, FakeHub
 from small_checkpoint import checkpoint
 from small_pipeline import SHAPES, change, write
 
+from inferfleet.engine import hub
 from inferfleet.engine.diffusion.licence import DEV
 from inferfleet.engine.diffusion.spec import SHARED, DiffusionSpec
 from inferfleet.engine.errors import LoadError
@@ -72,6 +73,14 @@ def test_a_setting_of_language_models_is_refused_for_an_image_model(pipeline, fi
     with pytest.raises(LoadError, match=f"{field} is {value!r}, but this is an image model") as caught:
         found(pipeline, **{field: value})
     assert caught.value.param == field
+
+
+def test_a_language_model_of_the_hub_is_then_its_local_folder(language, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda repo, revision, progress: language)
+
+    spec = find_spec({"path": "owner/name", "revision": "main", "max_num_seqs": 3}, Progress())
+
+    assert spec == EngineSpec(path=str(language), max_num_seqs=3)
 
 
 def test_image_settings_are_refused_for_a_language_model(language):

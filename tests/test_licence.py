@@ -34,6 +34,7 @@ def licence_of(folder, card: str | None, *, guided: bool):
         ("---\nlicense: other\n---\n", False, "other", False),
         ("---\nmodel:\n  license: mit\n---\n", True, DEV, True),
         ("# license: mit, says the text", True, DEV, True),
+        ("---\nlicense_name: " + "Long\x1b" * 99 + "\n---\n", False, "long" * 25, False),
         ("", False, UNKNOWN, False),
         (None, True, DEV, True),
         (None, False, UNKNOWN, False),

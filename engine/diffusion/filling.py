@@ -33,7 +33,7 @@ def check_module(module: nn.Module, checkpoint: Checkpoint, rename: Rename = unc
     nowhere = Slots({name: Slot.unused(*slot.shape) for name, slot in parameter_slots(module).tensors.items()})
     with checkpoint.by_name() as tensors:
         names = own_names(tensors, rename)
-        fill(nowhere, ((own, torch.empty(tensors.shape(name), device="meta")) for own, name in names.items()))
+        fill(nowhere, ((own, plain(name, tensors.outline(name))) for own, name in names.items()))
 
 
 def parameter_slots(module: nn.Module, device: torch.device | None = None) -> Slots:

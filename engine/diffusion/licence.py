@@ -37,6 +37,7 @@ _FRONT_MATTER = re.compile(r"\A\s*---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _ENTRY = re.compile(r"^(license|license_name)\s*:\s*(.*?)\s*(?:\s#.*)?$", re.MULTILINE)
 #: A card is a page of text; no more of it is read.
 MAX_CARD_CHARS = 1 << 20
+MAX_TAG_CHARS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ def repository_of(folder: Path) -> str | None:
     return f"{owner}/{name}" if is_snapshot else None
 
 
+def _plain(value: str) -> str:
+    """An entry's text in small letters, short enough and printable: it goes into cards, answers and pictures."""
+    return "".join(character for character in value.strip("\"'").lower() if character.isprintable())[:MAX_TAG_CHARS]
+
+
 def _tag(folder: Path) -> str | None:
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
@@ -85,5 +91,5 @@ def _tag(folder: Path) -> str | None:
         return None
     if front is None:
         return None
-    found = {name: value.strip("\"'").lower() for name, value in _ENTRY.findall(front[1])}
+    found = {name: _plain(value) for name, value in _ENTRY.findall(front[1])}
     return found.get("license_name") or found.get("license") or None

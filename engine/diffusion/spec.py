@@ -31,7 +31,8 @@ class DiffusionSpec:
     max_batch_size: int = 8
     #: Largest width * height of a picture.
     max_pixels: int = 2048 * 2048
-    #: "resident": text encoders stay on the device; "offloaded": on the host, brought over for each new prompt.
+    #: "resident": text encoders stay on the device. "offloaded": each of their parts comes when a new prompt needs it
+    #: and leaves at once, from the host's memory to a GPU, from the files to a CPU.
     encoders: Literal["resident", "offloaded"] = "resident"
     #: Bytes of prompt embeddings that are kept for jobs with the same prompt.
     prompt_cache_bytes: int = 256 << 20
