@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from inferfleet.engine import hub
-from inferfleet.engine.diffusion.components import is_pipeline, read_components
-from inferfleet.engine.diffusion.licence import read_licence
+from inferfleet.engine.diffusion.components import is_pipeline
+from inferfleet.engine.diffusion.fetching import fetch_pipeline
 from inferfleet.engine.diffusion.spec import SHARED, DiffusionSpec
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.loader import EngineSpec
@@ -39,7 +38,7 @@ def find_spec(values: Mapping[str, Any], progress: Progress) -> EngineSpec | Dif
         return _text_spec(here)
     spec = _image_spec(here)
     if is_remote:
-        _complete(path, folder, spec, progress)
+        fetch_pipeline(path, folder.name, spec.accept_licence, progress)
     return spec
 
 
@@ -64,12 +63,3 @@ def _image_spec(values: Mapping[str, Any]) -> DiffusionSpec:
         raise LoadError(f"{twice[0]} belongs to the model's settings, not to image", param=f"image.{twice[0]}")
     own = {name: value for name, value in values.items() if name != "image" and name not in set(usual) - set(SHARED)}
     return DiffusionSpec.from_dict({**own, **image})
-
-
-def _complete(repo: str, folder: Path, spec: DiffusionSpec, progress: Progress) -> None:
-    """Fetches the rest of a pipeline; what cannot be served is refused before its weights are."""
-    commit = folder.name
-    hub.fetch(repo, commit, hub.PIPELINE_CONFIG_FILES, progress)
-    components = read_components(folder)
-    read_licence(folder, guided=components.guided).refuse_unaccepted(spec.accept_licence)
-    hub.fetch(repo, commit, (*hub.PIPELINE_CONFIG_FILES, *hub.PIPELINE_WEIGHT_FILES), progress)

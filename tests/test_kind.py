@@ -121,6 +121,8 @@ def test_workers_and_engines_have_the_same_settings_and_defaults():
 ASK = """
 import json, os, sys
 from pathlib import Path
+from inferfleet.engine.diffusion.fetching import find_pipeline
+from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.errors import LoadError
 from inferfleet.engine.kind import find_spec
 from inferfleet.engine.progress import Progress
@@ -131,6 +133,10 @@ for image in json.loads(sys.argv[1]):
         answer = {"path": spec.path, "revision": spec.revision, "kind": type(spec).__name__, "phases": told}
     except LoadError as error:
         answer = {"error": str(error), "param": error.param, "kind": type(error).__name__}
+    if "path" in answer:
+        # Without a worker, the same folder is found.
+        alone = DiffusionSpec(path="tiny/open", **image.get("image", {}))
+        assert str(find_pipeline(alone, Progress())) == answer["path"]
     weights = [path.name for path in Path(os.environ["HF_HOME"]).rglob("*.safetensors")]
     print(json.dumps(answer | {"weights": weights}))
 """

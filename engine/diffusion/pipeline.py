@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from inferfleet.engine.diffusion.components import Components, read_components
+from inferfleet.engine.diffusion.fetching import find_pipeline
 from inferfleet.engine.diffusion.filling import load_module, unchanged, wanted
 from inferfleet.engine.diffusion.licence import Licence, read_licence
 from inferfleet.engine.diffusion.offloading import load_encoder
@@ -33,7 +34,7 @@ from inferfleet.engine.models.clip_text import ClipText
 from inferfleet.engine.models.t5_encoder import T5Encoder
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
-from inferfleet.engine.weights import commit_of, find_folder
+from inferfleet.engine.weights import commit_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -81,7 +82,7 @@ def load_pipeline(spec: DiffusionSpec, progress: Progress) -> Pipeline:
     """Raises LoadError or one of the ModelErrors; each says what to do."""
     started = time.perf_counter()
     progress.begin("find")
-    components = read_components(find_folder(spec.path, spec.revision, progress))
+    components = read_components(find_pipeline(spec, progress))
     licence = read_licence(components.folder, guided=components.guided)
     licence.refuse_unaccepted(spec.accept_licence)
     schedule = ScheduleConfig.from_json(components.scheduler)
