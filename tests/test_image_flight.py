@@ -205,9 +205,9 @@ class Model:
         self.model, self.kind, self.batch_size = model, kind, batch_size
 
 
-def fill(seats, model):
+def fill(seats, model, at_most=100):
     taken = 0
-    while seats.take(model):
+    while taken < at_most and seats.take(model):
         taken += 1
     return taken
 
@@ -238,6 +238,13 @@ def test_a_model_s_limit_leaves_the_others_their_share(slots, models, limits):
     residents = [Model(str(number), *facts) for number, facts in enumerate(models)]
     seats = Seats(slots, residents)
     assert [seats.limit(resident) for resident in residents] == limits
+
+
+def test_a_model_alone_in_its_worker_is_bounded_by_the_threads_alone():
+    chat = Model("c", "text", 4)
+    assert fill(Seats(16, [chat]), chat) == 100
+    image = Model("p", "image", 4)
+    assert fill(Seats(16, [image]), image) == 8
 
 
 def test_pictures_count_until_their_job_has_left():

@@ -141,6 +141,7 @@ def test_an_animation_is_refused():
         Media().picture(saved(frames[0], "WEBP", save_all=True, append_images=frames[1:]), 32, 32)
 
 
+@pytest.mark.slow
 def test_the_largest_picture_that_the_contract_lets_pass_is_painted():
     picture = Image.new("RGBA", (8192, 4882), (255, 0, 0, 255))
     assert near(painted(saved(picture, compress_level=1)).getpixel((16, 16)), RED)

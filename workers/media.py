@@ -16,7 +16,7 @@ DECODE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "inferfleet.workers.dec
 MAX_DECODERS = 2
 #: Of one decoder: seconds of a clock and of a processor, and address space. The largest picture that the contract lets
 #: pass (40 million pixels of four bytes) needs four times 160 MB beside the interpreter where it is transparent.
-SECONDS, CPU_SECONDS, MEBIBYTES = 30.0, 15, 1024
+SECONDS, CPU_SECONDS, MEBIBYTES = 60.0, 15, 1024
 #: Exit status of a decoder that blames the picture.
 REFUSED = 3
 

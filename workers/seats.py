@@ -76,4 +76,6 @@ class Seats:
         load = self._loads[resident.model]
         if resident.kind == "image" and load.weight >= 2 * resident.batch_size:
             return False
-        return load.jobs < self.limit(resident)
+        limit = self.limit(resident)
+        # Where a model may have all the slots, the threads themselves are the limit, and its turns need no watch.
+        return limit >= self._slots or load.jobs < limit
