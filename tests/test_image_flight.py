@@ -13,6 +13,7 @@ from inferfleet.tasks import names
 from inferfleet.tasks.errors import OutputDamaged, OutputNotFound
 from inferfleet.workers import image_flight
 from inferfleet.workers.flight import Ending
+from inferfleet.workers.heart import Heart
 from inferfleet.workers.image_flight import ImageFlight
 from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.publisher import Publisher
@@ -193,6 +194,50 @@ def test_a_writer_stops_though_its_store_is_away():
     stopper.join(10)
     assert not stopper.is_alive()
     publisher.stop()
+
+
+# The heart -----------------------------------------------------------------------------------------------------------
+
+
+class Standing:
+    """A resident whose engine does nothing."""
+
+    model = "p"
+
+    def __init__(self, *flights):
+        self._flights = flights
+
+    def still_for(self):
+        return 0.0
+
+    def take_moved(self):
+        return False
+
+    def flights(self):
+        return list(self._flights)
+
+
+class BeatBook:
+    """A ledger that notes whose leases are renewed."""
+
+    def __init__(self):
+        self.beaten = []
+
+    def beat(self, worker, jobs, lease_ms):
+        self.beaten.append([job_id for job_id, _ in jobs])
+        return {job_id: "ok" for job_id, _ in jobs}
+
+
+def test_leases_of_what_this_worker_prepares_or_stores_are_renewed_though_the_engine_stands_still():
+    flights = [ImageFlight(f"job_{i}", 1, "p", num_pictures=1, max_bytes=9, deliver=print) for i in range(3)]
+    flights[0].preparing = True
+    flights[2].finish(USAGE)
+    book = BeatBook()
+    heart = Heart(book, "w", lambda: [Standing(*flights)], heartbeat_seconds=0.01, lease_seconds=9, stall_seconds=9)
+    heart.start()
+    until(lambda: len(book.beaten) > 1)
+    heart.stop()
+    assert book.beaten[0] == ["job_0", "job_2"]
 
 
 # Seats ---------------------------------------------------------------------------------------------------------------

@@ -152,7 +152,8 @@ class Resident:
         """
         with self._lock:
             if not self._in_doubt:
-                hint = "if steps are that slow here, raise lease_seconds or lower max_num_batched_tokens"
+                smaller = "image.max_batch_size" if self.kind == "image" else "max_num_batched_tokens"
+                hint = f"if steps are that slow here, raise lease_seconds or lower {smaller}"
                 log.warning("engine_stands_still", model=self.model, seconds=round(self.still_for(), 1), hint=hint)
             self._in_doubt = True
             aboard = [flight for flight in self._aboard.values() if flight.ending is None]
