@@ -3,13 +3,15 @@
 llm = LLM("path/or/hub-id")
 for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
     print(output.outputs[0].text)
+
+ImageGenerator("path/or/hub-id").generate("a red circle", seed=7).save("circle.png")
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -17,6 +19,11 @@ from inferfleet.engine.errors import InvalidRequest
 from inferfleet.engine.loader import EngineSpec, load_engine
 from inferfleet.engine.output import StepOutput
 from inferfleet.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from inferfleet.engine.diffusion.offline import ImageGenerator
+
+__all__ = ["LLM", "Completion", "ImageGenerator", "RequestOutput"]
 
 #: A text, or {"prompt_token_ids": [...]}.
 Prompt = str | Mapping[str, Sequence[int]]
@@ -149,6 +156,15 @@ class LLM:
             self.engine.step()
             raise
         return list(outputs.values())
+
+
+def __getattr__(name: str) -> Any:
+    """ImageGenerator comes when somebody asks for it: language models shall not wait for what it imports."""
+    if name != "ImageGenerator":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from inferfleet.engine.diffusion.offline import ImageGenerator
+
+    return ImageGenerator
 
 
 def _collect(outputs: dict[str, RequestOutput], news: StepOutput) -> None:

@@ -71,6 +71,11 @@ class StepOutput:
         """True if there is something to tell."""
         return bool(self.deltas or self.finished or self.errors)
 
+    @property
+    def figures(self) -> dict[str, int]:
+        """How much the step computed."""
+        return {"batch_tokens": self.batch_tokens}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "deltas": [delta.to_dict() for delta in self.deltas],

@@ -20,15 +20,10 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from inferfleet.engine.admission import Published
-from inferfleet.engine.engine import Engine
-from inferfleet.engine.errors import EngineError, GroupBroken, InvalidRequest
+from inferfleet.engine.errors import EngineError, GroupBroken
 from inferfleet.engine.json_log import start_logging
-from inferfleet.engine.loader import EngineSpec, Loaded, load_engine
-from inferfleet.engine.output import StepOutput
 from inferfleet.engine.progress import Progress
-from inferfleet.engine.sampling_params import SamplingParams
-from inferfleet.engine.text.chat import ChatTemplateError
+from inferfleet.engine.services import News, Service, load_service
 from inferfleet.kernels import build, threads
 
 #: While it computes, the child says so at least this often, so that a stalled engine is told from a slow one.
@@ -53,74 +48,73 @@ class Child:
         message = self._receive()
         if message.get("op") != "load":
             raise ValueError(f"the first message must be load, not {message.get('op')!r}")
-        loaded = self._load(message)
+        service = self._load(message)
         # What loading made stays for ever: the collector need not look at it again while requests run.
         gc.collect()
         gc.freeze()
         while True:
-            while self._has_mail(loaded):
-                self._handle(loaded, self._receive())
-            self._step(loaded.engine)
+            while self._has_mail(service):
+                self._handle(service, self._receive())
+            self._step(service)
 
-    def _has_mail(self, loaded: Loaded) -> bool:
+    def _has_mail(self, service: Service) -> bool:
         """Whether the parent said something; waits for it if there is no work. GroupBroken for a rank that is gone."""
-        followers, seconds = loaded.followers, 0 if loaded.engine.has_work else None
-        if followers is None:
+        others, seconds = service.connections, 0 if service.has_work else None
+        if not others:
             return self.connection.poll(seconds)
-        heard = wait([self.connection, *followers.connections], seconds)
+        heard = wait([self.connection, *others], seconds)
         if heard != [self.connection]:
-            followers.check()
+            service.check()
         return self.connection in heard
 
-    def _load(self, message: Mapping[str, Any]) -> Loaded:
+    def _load(self, message: Mapping[str, Any]) -> Service:
         try:
-            loaded = load_engine(EngineSpec.from_dict(message["spec"]), Progress(self._tell_progress))
+            service = load_service(message["spec"], Progress(self._tell_progress))
         except GroupBroken:
             raise  # a rank died on the way: another try may go well
         except Exception as error:
             code = getattr(error, "code", "load_failed")
             self._send({"op": "failed", "code": code, "message": str(error) or type(error).__name__})
             raise
-        self._send({"op": "ready", "card": loaded.card})
+        self._send({"op": "ready", "card": service.card})
         # Says which C++ kernels run, or why the slower references do.
-        facts = {"model": message.get("model"), "kernels": build.status(), **loaded.card}
+        facts = {"model": message.get("model"), "kernels": build.status(), **service.card}
         log.info("ready", extra={"fields": facts})
-        return loaded
+        return service
 
     def _tell_progress(self, phase: str, done: int, total: int) -> None:
         self._send({"op": "loading", "phase": phase, "done": done, "total": total})
 
-    def _handle(self, loaded: Loaded, message: Mapping[str, Any]) -> None:
-        engine, operation = loaded.engine, message.get("op")
+    def _handle(self, service: Service, message: Mapping[str, Any]) -> None:
+        operation = message.get("op")
         if operation == "add":
-            self._add(loaded, message)
+            self._add(service, message)
         elif operation == "cancel":
-            engine.cancel(message["id"])
+            service.cancel(message["id"])
         elif operation == "stop":
             raise Closed
         else:
             log.error("unknown operation", extra={"fields": {"op": str(operation)}})
 
-    def _add(self, loaded: Loaded, message: Mapping[str, Any]) -> None:
+    def _add(self, service: Service, message: Mapping[str, Any]) -> None:
         try:
-            add(loaded, message)
+            service.add(message)
             return
         except EngineError as error:
             refusal = error
         except Exception as error:  # nothing that a request says may end the process
             log.exception("a request could not be taken", extra={"fields": {"id": message["id"]}})
             refusal = EngineError(f"the request could not be taken: {type(error).__name__}")
-        refused = StepOutput(errors=[(message["id"], refusal)])
-        self._send_step(loaded.engine, refused)
+        self._send_step(service, service.refusal(message["id"], refusal))
 
-    def _step(self, engine: Engine) -> None:
-        out = engine.step()
-        if out or (engine.has_work and time.monotonic() - self._last_sent >= SIGN_OF_LIFE_SECONDS):
-            self._send_step(engine, out)
+    def _step(self, service: Service) -> None:
+        news = service.step()
+        if news or (service.has_work and time.monotonic() - self._last_sent >= SIGN_OF_LIFE_SECONDS):
+            self._send_step(service, news)
 
-    def _send_step(self, engine: Engine, news: StepOutput) -> None:
-        stats = engine.stats() | {"batch_tokens": news.batch_tokens}
-        self._send({"op": "step", "step": engine.num_steps, **news.to_dict(), "stats": stats})
+    def _send_step(self, service: Service, news: News) -> None:
+        stats = service.stats() | news.figures
+        self._send({"op": "step", "step": service.num_steps, **news.to_dict(), "stats": stats})
 
     def _receive(self) -> dict[str, Any]:
         try:
@@ -134,29 +128,6 @@ class Child:
             self.connection.send_bytes(json.dumps(message, separators=(",", ":")).encode())
         except ConnectionError as error:
             raise Closed from error
-
-
-def add(loaded: Loaded, message: Mapping[str, Any]) -> None:
-    """Turn the messages of an add into a prompt and give it to the engine. EngineError with the field at fault."""
-    try:
-        sampling = SamplingParams.from_dict(message.get("sampling") or {})
-    except (TypeError, ValueError) as error:
-        # Its message begins with the field's name.
-        raise InvalidRequest(str(error), param=str(error).partition(" ")[0]) from error
-    try:
-        prompt = loaded.prompts.encode_chat(message["messages"], **message.get("chat_template_kwargs") or {})
-    except ChatTemplateError as error:
-        raise InvalidRequest(str(error), param="messages") from error
-    resume = message.get("resume") or {}
-    loaded.engine.add(
-        message["id"],
-        prompt,
-        sampling,
-        cache_salt=message.get("cache_salt", ""),
-        priority=message.get("priority", 0),
-        matformer_slice=message.get("matformer_slice"),
-        published={int(i): Published(tuple(told["token_ids"]), told["text"]) for i, told in resume.items()},
-    )
 
 
 def usable_cores() -> int:

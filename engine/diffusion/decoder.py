@@ -4,8 +4,8 @@ Large pictures go through it in overlapping tiles whose seams are blended: what 
 point no device has that. A decoded picture that is not finite, or of one colour to the last digit, is decoded once more
 in float32, which half precision's overflows do not reach; if that does not help, NumericalError says so.
 
-Latents that are not finite themselves are not tried again: the transformer's weights are here in one number format only,
-so a second run from the seed would end the same way.
+Latents that are not finite themselves are not tried again: the transformer's weights are here in one number format
+only, so a second run from the seed would end the same way.
 
 Shapes: C latent channels, h x w latents, H x W pixels.
 """

@@ -81,7 +81,7 @@ class DiffusionEngine:
         self.on_latents: Callable[[str, int, Tensor], None] | None = None
         self._model = repository_of(pipeline.folder) or pipeline.folder.name
         self._open: dict[str, _Request] = {}
-        self._num_added = self._num_pictures = self._num_split = 0
+        self._num_added = self._num_split = 0
         self._news = ImageStepOutput()
         self._writer = ThreadPoolExecutor(1, "pictures")
 
@@ -142,7 +142,6 @@ class DiffusionEngine:
             "running": self.turns.num_seated,
             "waiting": self.turns.num_waiting,
             "sizes": self.turns.num_groups,
-            "pictures": self._num_pictures,
             "vae_retries": self.decoder.num_retries,
             "batches_split": self._num_split,
             **self.pipeline.prompts.stats(),
@@ -254,7 +253,6 @@ class DiffusionEngine:
         size = (wanted.width, wanted.height)
         out.deltas.append(Picture(request.id, index, wanted.seed + index, *size, content_type, data))
         request.num_finished += 1
-        self._num_pictures += 1
         if request.num_finished == wanted.n:
             out.finished.append((request.id, request.usage))
             self._forget(request.id)

@@ -204,7 +204,9 @@ def _strength(params: ImageParams) -> float | None:
 def _format(params: ImageParams) -> OutputFormat:
     if params.output_format not in get_args(OutputFormat):
         known = ", ".join(get_args(OutputFormat))
-        raise InvalidRequest(f"output_format must be one of {known}, not {params.output_format!r}", param="output_format")
+        raise InvalidRequest(
+            f"output_format must be one of {known}, not {params.output_format!r}", param="output_format"
+        )
     return params.output_format
 
 

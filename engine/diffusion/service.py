@@ -1,0 +1,93 @@
+"""An image model behind the engine process: what to paint in messages, pictures in news."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from multiprocessing.connection import Connection
+from typing import Any
+
+from inferfleet.engine.diffusion.loader import LoadedImages, load_images
+from inferfleet.engine.diffusion.output import ImageStepOutput
+from inferfleet.engine.diffusion.params import ImageParams, LoraChoice
+from inferfleet.engine.diffusion.spec import DiffusionSpec
+from inferfleet.engine.errors import EngineError, InvalidRequest
+from inferfleet.engine.progress import Progress
+
+FIELDS = frozenset(field.name for field in fields(ImageParams))
+
+
+class ImageService:
+    """See services.Service."""
+
+    def __init__(self, loaded: LoadedImages) -> None:
+        self._engine, self.card = loaded.engine, loaded.card
+
+    @classmethod
+    def load(cls, spec: DiffusionSpec, progress: Progress) -> ImageService:
+        return cls(load_images(spec, progress))
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    @property
+    def num_steps(self) -> int:
+        return self._engine.num_steps
+
+    @property
+    def connections(self) -> Sequence[Connection]:
+        return ()
+
+    def check(self) -> None:
+        """An image model lives in this process alone."""
+
+    def add(self, message: Mapping[str, Any]) -> None:
+        """EngineError with the field at fault."""
+        image = message.get("image")
+        if not isinstance(image, Mapping):
+            raise InvalidRequest("this is an image model: it paints and does not chat", param="messages")
+        self._engine.add(message["id"], params_of(image), priority=message.get("priority", 0))
+
+    def cancel(self, request_id: str) -> bool:
+        return self._engine.cancel(request_id)
+
+    def step(self) -> ImageStepOutput:
+        return self._engine.step()
+
+    def refusal(self, request_id: str, error: EngineError) -> ImageStepOutput:
+        return ImageStepOutput(errors=[(request_id, error)])
+
+    def stats(self) -> dict[str, Any]:
+        return self._engine.stats()
+
+
+def params_of(image: Mapping[str, Any]) -> ImageParams:
+    """The wire's fields; one that is null is as good as absent. InvalidRequest names what is no such field."""
+    given = {name: value for name, value in image.items() if value is not None}
+    if unknown := sorted(set(given) - FIELDS):
+        raise InvalidRequest(f"{unknown[0]} is no parameter of a picture", param=unknown[0])
+    for name in ("prompt", "seed"):
+        if name not in given:
+            raise InvalidRequest(f"{name} is missing", param=name)
+    if "init_image" in given:
+        given["init_image"] = _bytes(given["init_image"])
+    if "loras" in given:
+        given["loras"] = _loras(given["loras"])
+    return ImageParams(**given)
+
+
+def _bytes(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise InvalidRequest(f"the init image is no base64: {error}", param="image") from error
+
+
+def _loras(entries: Any) -> tuple[LoraChoice, ...]:
+    try:
+        return tuple(LoraChoice(**entry) for entry in entries)
+    except TypeError as error:
+        raise InvalidRequest("loras must be a list of {name, scale}", param="loras") from error
