@@ -116,13 +116,15 @@ def test_coded_blocks_come_near_and_the_rest_is_exact(kind, least, most):
     batch = inputs(config, BATCHES[1])
     expected = run(judge, batch)
     assert least < (run(model, batch) - expected).norm() / expected.norm() < most
-    coded = {
-        path: isinstance(module._product, quantized_linear.QuantizedLinear)
-        for path, module in model.named_modules()
-        if isinstance(module, Projection)
-    }
-    assert {path for path, is_coded in coded.items() if is_coded} == {path for path in coded if "blocks." in path}
-    assert {"x_embedder", "proj_out", "norm_out.linear", "context_embedder"} < coded.keys()
+    products = {path: module._product for path, module in model.named_modules() if isinstance(module, Projection)}
+    kinds = {path: getattr(product.weight, "kind", None) for path, product in products.items()}
+    inside = {path for path in kinds if "blocks." in path}
+    assert {path for path, coded in kinds.items() if coded is None} == kinds.keys() - inside
+    assert {"x_embedder", "proj_out", "norm_out.linear", "context_embedder"} < kinds.keys() - inside
+    # Modulations are int8 in any case.
+    modulations = {path for path in inside if path.endswith(("norm1.linear", ".norm.linear"))}
+    assert {kinds[path] for path in modulations} == {"int8"}
+    assert {kinds[path] for path in inside if not path.endswith(".linear")} == {kind}
     assert not [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 

@@ -11,13 +11,16 @@ choose their sums by the number of rows ([8, K] differs from [1, K] in the last 
 activations take another path where a loop ends than within it, so on a CPU they run picture by picture too. The rest
 (norms, attention, sums) was found equal as it is.
 
-**What is coded** where a quantization is asked for: the products inside the blocks, modulations included, which hold a
-quarter of FLUX's weights. What comes before and after the blocks stays exact: it is small, and all else passes it.
+**What is coded** where a quantization is asked for: the products inside the blocks. Modulations, a quarter of FLUX's
+weights, are int8 whatever the others are: every number of a picture is scaled by them, and of the error of int4 and fp8
+(one step of four random transformers) that takes 16 to 25 % away, as much as leaving them exact does. What comes before
+and after the blocks stays exact: it is small, and all else passes through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -131,12 +134,18 @@ def replace_linears(transformer: nn.Module, place: Place) -> None:
             _put(transformer, path, activation)
     for path, module in list(transformer.named_modules()):
         if isinstance(module, nn.Linear):
-            its_place = place if path.startswith(BLOCKS) else place.exact
-            _put(transformer, path, _projection({path.rpartition(".")[2]: module}, its_place))
+            _put(transformer, path, _projection({path.rpartition(".")[2]: module}, _place_of(path, place)))
     for module in transformer.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             empty = nn.Parameter(place.empty(*parameter.shape), requires_grad=False)
             setattr(module, name, empty)
+
+
+def _place_of(path: str, place: Place) -> Place:
+    if not path.startswith(BLOCKS):
+        return place.exact
+    is_modulation = path.endswith(".linear")
+    return replace(place, quantization="int8") if is_modulation and place.quantization is not None else place
 
 
 def _fuse(attention: FluxAttention, place: Place) -> None:
@@ -174,7 +183,7 @@ def _put(transformer: nn.Module, path: str, module: nn.Module) -> None:
     transformer.get_submodule(parent).add_module(name, module)
 
 
-def slots_of(transformer: nn.Module) -> Slots:
+def slots_of(transformer: Any) -> Slots:
     """Where the tensors of a checkpoint in diffusers' layout go."""
     found = all_slots(transformer)
     found.tensors |= {name: Slot.into(parameter.data) for name, parameter in transformer.named_parameters()}

@@ -58,6 +58,16 @@ class DiffusionSpec:
             raise LoadError(
                 f"quantization must be one of {', '.join(KINDS)}, not {self.quantization!r}", param="quantization"
             )
+        if (
+            isinstance(self.min_psnr, bool)
+            or not isinstance(self.min_psnr, int | float)
+            or not 0 <= self.min_psnr < 100
+        ):
+            raise LoadError(f"min_psnr must be a number of dB from 0 to 100, not {self.min_psnr!r}", param="min_psnr")
+        if not isinstance(self.allow_low_psnr, bool):
+            raise LoadError(
+                f"allow_low_psnr must be true or false, not {self.allow_low_psnr!r}", param="allow_low_psnr"
+            )
         if self.encoders not in ("resident", "offloaded"):
             raise LoadError(f"encoders must be resident or offloaded, not {self.encoders!r}", param="encoders")
         if self.dtype not in DTYPES:
