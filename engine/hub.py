@@ -91,27 +91,37 @@ def is_adapter(source: str) -> bool:
     return ADAPTER.fullmatch(source) is not None and ".." not in source
 
 
-def download_adapter(source: str) -> Path:
-    """The one safetensors file of `owner/name/file.safetensors`, or the folder of `owner/name` with what a LoRA adapter
-    consists of, fetched unless it is there. Raises a ModelError."""
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+def download_adapter(source: str, progress: Progress | None = None) -> Path:
+    """The file of `owner/name/file.safetensors`, or the folder of `owner/name` with what a LoRA adapter consists of.
 
+    Fetched unless it is there. Raises a ModelError.
+    """
     owner, name, *inside = source.split("/", 2)
     repo = f"{owner}/{name}"
-    with explained(repo, None):
-        if inside:
-            return Path(hf_hub_download(repo, inside[0], tqdm_class=_bar(Progress())))
-        folder = Path(snapshot_download(repo, allow_patterns=list(ADAPTER_FILES), tqdm_class=_bar(Progress())))
-        if any(folder.glob("*.safetensors")):
-            return folder
-        # Such repositories may hold a file for every thousand steps of the training: only an only one is fetched.
-        names = list_repo_files(repo, revision=folder.name)
-        found = [file for file in names if file.endswith(".safetensors") and "/" not in file]
-        if len(found) == 1:
-            return Path(hf_hub_download(repo, found[0], revision=folder.name, tqdm_class=_bar(Progress())))
-    if found:
+    if inside:
+        path = fetch(repo, None, inside, progress) / inside[0]
+        if not path.is_file():
+            raise ModelUnavailable(f"{repo} has no file {inside[0]}")
+        return path
+    folder = fetch(repo, None, ADAPTER_FILES, progress)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    # Such repositories may hold a file for every thousand steps of the training: only an only one is fetched.
+    names = _names_in(repo, folder.name)
+    found = [file for file in names if file.endswith(".safetensors") and "/" not in file]
+    if len(found) > 1:
         raise UnsupportedModel(f"{repo} holds {len(found)} safetensors files; name one, as in {repo}/{found[0]}")
-    raise UnsupportedModel(f"{repo} holds no safetensors" + (f" ({why})" if (why := foreign_weights(names)) else ""))
+    if not found:
+        why = foreign_weights(names)
+        raise UnsupportedModel(f"{repo} holds no safetensors" + (f" ({why})" if why else ""))
+    return fetch(repo, folder.name, found, progress) / found[0]
+
+
+def _names_in(repo: str, commit: str) -> list[str]:
+    from huggingface_hub import list_repo_files
+
+    with explained(repo, commit):
+        return list_repo_files(repo, revision=commit)
 
 
 def download_config(repo: str, revision: str | None = None) -> Path:

@@ -21,7 +21,6 @@ from inferfleet.engine.diffusion.linears import build_transformer
 from inferfleet.engine.diffusion.lora import LoraBank, load_loras
 from inferfleet.engine.diffusion.lora_files import read_adapter
 from inferfleet.engine.diffusion.params import LoraChoice
-from inferfleet.engine.errors import InvalidRequest
 from inferfleet.engine.model_errors import BadAdapter
 from inferfleet.engine.place import Place
 from inferfleet.kernels.quantized import KINDS, quantise
@@ -124,22 +123,6 @@ def test_what_shares_a_matrix_in_the_file_shares_it_in_memory(judge, tmp_path):
     # then its bytes are those of the file's matrices.
     assert bank.num_bytes == sum(tensor.nbytes for tensor in adapter.tensors.values())
     assert bank.names == ("a",)
-
-
-def test_a_choice_is_checked_by_name(judge, tmp_path):
-    source = str(write_diffusers(tmp_path / "a.safetensors", judge, 1, only="to_q").path)
-    bank = load_loras(ours(*made(SHAPES[1])), {"ink": source, "oil": source})
-    bank.check(chosen(("ink", 1.0), ("oil", -2.0)))
-    for choices, words in (
-        (chosen(("chalk", 1.0)), "no LoRA adapter 'chalk'; it has ink, oil"),
-        (chosen(("ink", 1.0), ("ink", 0.5)), "twice"),
-        (chosen(("ink", float("nan"))), "finite"),
-    ):
-        with pytest.raises(InvalidRequest, match=words) as caught:
-            bank.check(choices)
-        assert caught.value.param == "loras"
-    with pytest.raises(InvalidRequest, match="it has none"):
-        LoraBank(ours(*made(SHAPES[1]))).check(chosen(("ink", 1.0)))
 
 
 def test_a_choice_for_another_number_of_pictures_is_an_error_of_ours(judge, tmp_path):

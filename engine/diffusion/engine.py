@@ -144,6 +144,7 @@ class DiffusionEngine:
             "sizes": self.turns.num_groups,
             "vae_retries": self.decoder.num_retries,
             "batches_split": self._num_split,
+            "lora_bytes": self.pipeline.loras.num_bytes,
             **self.pipeline.prompts.stats(),
         }
 

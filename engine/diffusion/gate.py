@@ -26,14 +26,16 @@ import torch
 from inferfleet.engine.costs import in_units
 from inferfleet.engine.diffusion import quality
 from inferfleet.engine.diffusion.components import Components, read_components
+from inferfleet.engine.diffusion.fetching import find_pipeline
 from inferfleet.engine.diffusion.pipeline import Pipeline, compute_dtype, load_pipeline
 from inferfleet.engine.diffusion.spec import DiffusionSpec
-from inferfleet.engine.errors import LoadError, NumericalError
+from inferfleet.engine.errors import InvalidRequest, LoadError, NumericalError, OutOfMemory
 from inferfleet.engine.families import find_device
+from inferfleet.engine.headers import stored_weights
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
 from inferfleet.engine.sizing import free_memory
-from inferfleet.engine.weights import commit_of, find_folder
+from inferfleet.engine.weights import commit_of
 from inferfleet.kernels.quantized import Kind
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def load_gated(spec: DiffusionSpec, progress: Progress) -> tuple[Pipeline, Repor
     """
     if spec.quantization is None:
         return load_pipeline(spec, progress), None
-    spec = replace(spec, path=str(find_folder(spec.path, spec.revision, progress)), revision=None)
+    spec = replace(spec, path=str(find_pipeline(spec, progress)), revision=None)
     report, pipeline = read_report(spec), None
     if report is None:
         try:
@@ -81,11 +83,10 @@ def judge(report: Report, spec: DiffusionSpec) -> None:
     )
 
 
-def measure(
-    spec: DiffusionSpec, progress: Progress, prompts: Sequence[str] = quality.PROMPTS
-) -> tuple[Pipeline, Report]:
-    """Paints with full precision and with codes; gives the coded pipeline and the report, which is kept.
+def measure(spec: DiffusionSpec, progress: Progress, prompts: Sequence[str] | None = None) -> tuple[Pipeline, Report]:
+    """Paints with full precision and with codes; gives the coded pipeline and the report.
 
+    It is kept, unless it is over other prompts than those that come along (prompts is None).
     Raises Unmeasurable, or LoadError for a model whose pictures are not finite.
     """
     components = read_components(Path(spec.path))
@@ -95,8 +96,8 @@ def measure(
         pipeline = load_pipeline(spec, progress)
         progress.begin("measure")
         setup = quality.Setup.of(pipeline)
-        coded = quality.paint(pipeline, setup, prompts)
-    except NumericalError as error:
+        coded = quality.paint(pipeline, spec, prompts)
+    except (InvalidRequest, NumericalError) as error:
         raise LoadError(
             f"the quality of {spec.quantization} cannot be measured: {error}", param="quantization"
         ) from error
@@ -109,7 +110,7 @@ def measure(
         "quantization": spec.quantization,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "device": str(pipeline.device),
-        "pictures": len(prompts),
+        "pictures": len(coded),
         "side": setup.side,
         "steps": setup.steps,
         "guidance_scale": setup.guidance,
@@ -123,16 +124,16 @@ def measure(
     log.info(
         "quantization measured", extra={"fields": {k: report[k] for k in ("quantization", "psnr", "latent_error")}}
     )
-    if prompts == quality.PROMPTS:
+    if prompts is None:
         keep_report(report, spec)
     return pipeline, report
 
 
 def _painted_in_full(
-    spec: DiffusionSpec, components: Components, progress: Progress, prompts: Sequence[str]
+    spec: DiffusionSpec, components: Components, progress: Progress, prompts: Sequence[str] | None
 ) -> list[quality.Painted]:
     """With the weights as they are; they are let go before this returns."""
-    device, dtype = find_device(spec.device), compute_dtype(spec.dtype, components.checkpoints["transformer"])
+    device, dtype = find_device(spec.device), _dtype(spec, components)
     needed, free = transformer_bytes(components, dtype, None), free_memory(device)
     told = (
         f"whether {spec.quantization} is good enough can only be measured beside full precision, which needs"
@@ -145,17 +146,17 @@ def _painted_in_full(
         raise Unmeasurable(told, param="quantization")
     try:
         return _paint_in_full(replace(spec, quantization=None, loras={}), progress, prompts)
-    except torch.OutOfMemoryError as error:
+    except (OutOfMemory, torch.OutOfMemoryError) as error:
         raise Unmeasurable(told, param="quantization") from error
     finally:
         _free()
 
 
-def _paint_in_full(spec: DiffusionSpec, progress: Progress, prompts: Sequence[str]) -> list[quality.Painted]:
+def _paint_in_full(spec: DiffusionSpec, progress: Progress, prompts: Sequence[str] | None) -> list[quality.Painted]:
     # A function of its own, because its pipeline has to be gone when the next one is loaded.
     pipeline = load_pipeline(spec, progress)
     progress.begin("measure")
-    return quality.paint(pipeline, quality.Setup.of(pipeline), prompts)
+    return quality.paint(pipeline, spec, prompts)
 
 
 def _free() -> None:
@@ -175,10 +176,14 @@ def transformer_bytes(components: Components, dtype: torch.dtype, kind: Kind | N
 def report_path(spec: DiffusionSpec) -> Path:
     """Where the report of a local folder's model under these settings is kept, or will be."""
     components = read_components(Path(spec.path))
-    dtype = compute_dtype(spec.dtype, components.checkpoints["transformer"])
+    dtype = _dtype(spec, components)
     parts = [str(quality.VERSION), _identity(components), str(spec.quantization), str(dtype)]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inferfleet" / "quality" / f"{name}.json"
+
+
+def _dtype(spec: DiffusionSpec, components: Components) -> torch.dtype:
+    return compute_dtype(spec.dtype, stored_weights(components.checkpoints["transformer"].files))
 
 
 def _identity(components: Components) -> str:

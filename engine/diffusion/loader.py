@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferfleet.engine.diffusion.engine import DiffusionEngine
+from inferfleet.engine.diffusion.gate import load_gated
 from inferfleet.engine.diffusion.limits import MAX_SIDE, MAX_STEPS
-from inferfleet.engine.diffusion.pipeline import Pipeline, load_pipeline
+from inferfleet.engine.diffusion.pipeline import Pipeline
 from inferfleet.engine.diffusion.smoke import smoke
 from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.progress import Progress
@@ -29,14 +30,14 @@ def load_images(spec: DiffusionSpec, progress: Progress | None = None) -> Loaded
     threads.use(spec.threads or threads.for_work())
     # Attention and the VAE are torch's own, and most of a step that is not products.
     threads.lend_to_torch()
-    pipeline = load_pipeline(spec, progress)
+    pipeline, report = load_gated(spec, progress)
     progress.begin("engine")
     started = time.perf_counter()
     engine = DiffusionEngine(pipeline, spec)
     progress.begin("smoke")
     smoke(engine)
     pipeline.load_seconds["warm"] = round(time.perf_counter() - started, 3)
-    return LoadedImages(engine, _card(pipeline, engine, spec))
+    return LoadedImages(engine, _card(pipeline, engine, spec) | {"quantization_report": report})
 
 
 def _card(pipeline: Pipeline, engine: DiffusionEngine, spec: DiffusionSpec) -> dict[str, Any]:

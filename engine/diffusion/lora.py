@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inferfleet.engine.diffusion.deltas import Delta, Deltas, Row, Selection, Up
 from inferfleet.engine.diffusion.linears import Projection
 from inferfleet.engine.diffusion.lora_files import Adapter, Pair, read_adapter
 from inferfleet.engine.diffusion.params import LoraChoice
-from inferfleet.engine.errors import InvalidRequest
+from inferfleet.engine.progress import Progress
 
 
 class LoraBank:
     """The adapters of one transformer, by the names of the settings."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
+        """transformer: one of `load_transformer`; type checkers take diffusers' class for no nn.Module."""
         #: The module's path without its own name ("transformer_blocks.0.attn") -> its product.
         self._products: list[tuple[str, Projection]] = [
             (path.rpartition(".")[0], module)
@@ -57,30 +58,17 @@ class LoraBank:
                 size += delta.nbytes
         self._bytes[adapter.name] = size
 
-    def check(self, choices: Iterable[LoraChoice]) -> None:
-        """InvalidRequest for a name that is not here, one that comes twice, or a scale that is no number."""
-        seen: set[str] = set()
-        for choice in choices:
-            if choice.name not in self._bytes:
-                known = f"it has {', '.join(self._bytes)}" if self._bytes else "it has none"
-                raise InvalidRequest(f"this model has no LoRA adapter {choice.name!r}; {known}", param="loras")
-            if choice.name in seen:
-                raise InvalidRequest(f"the LoRA adapter {choice.name!r} is chosen twice", param="loras")
-            if not math.isfinite(choice.scale):
-                raise InvalidRequest(f"the scale of {choice.name!r} must be a finite number", param="loras")
-            seen.add(choice.name)
-
     def select(self, rows: Sequence[Sequence[LoraChoice]]) -> None:
         """What each picture of the next transformer calls has chosen, in the order of the batch."""
         found: list[Row] = [tuple((choice.name, choice.scale) for choice in row if choice.scale) for row in rows]
         self._selection.rows = found if any(found) else ()
 
 
-def load_loras(transformer: nn.Module, sources: Mapping[str, str]) -> LoraBank:
-    """Name -> file, folder or hub id of an adapter. Raises BadAdapter or ModelUnavailable, which name it."""
+def load_loras(transformer: Any, sources: Mapping[str, str], progress: Progress | None = None) -> LoraBank:
+    """sources: name -> file, folder or hub id. Raises BadAdapter or one of the hub's ModelErrors, by adapter."""
     bank = LoraBank(transformer)
     for name, source in sources.items():
-        bank.add(read_adapter(name, source, bank.modules))
+        bank.add(read_adapter(name, source, bank.modules, progress))
     return bank
 
 

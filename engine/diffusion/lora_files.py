@@ -21,6 +21,7 @@ from inferfleet.engine import hub
 from inferfleet.engine.diffusion.lora_names import ForeignName, Place, Role, place_of
 from inferfleet.engine.foreign import foreign_weights
 from inferfleet.engine.model_errors import BadAdapter, ModelUnavailable, UnsupportedModel
+from inferfleet.engine.progress import Progress
 
 MAX_RANK = 512
 #: An adapter of every module of FLUX has about 1500 tensors.
@@ -53,14 +54,16 @@ class Adapter:
     pairs: Mapping[str, Pair]
 
 
-def read_adapter(name: str, source: str, modules: Mapping[str, tuple[int, int]]) -> Adapter:
+def read_adapter(
+    name: str, source: str, modules: Mapping[str, tuple[int, int]], progress: Progress | None = None
+) -> Adapter:
     """modules: path -> (outputs, inputs) of everything that an adapter may change.
 
     Raises BadAdapter, or a ModelError of the hub's.
     source: a .safetensors file, a folder, `owner/name` or `owner/name/file.safetensors` on the hub.
     """
     try:
-        path = find_weights(source)
+        path = find_weights(source, progress)
         places, tensors, header = _read(path, modules)
         settings = _settings(path, header)
         pairs: dict[str, Pair] = {}
@@ -80,7 +83,7 @@ class _Refused(ValueError):
     """Why an adapter cannot be applied, without its name."""
 
 
-def find_weights(source: str) -> Path:
+def find_weights(source: str, progress: Progress | None = None) -> Path:
     """The safetensors file of an adapter."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -91,7 +94,7 @@ def find_weights(source: str) -> Path:
         return path
     if not hub.is_adapter(source):
         raise _Refused("there is no such file or folder, and no hub id reads owner/name or owner/name/file.safetensors")
-    path = hub.download_adapter(source)
+    path = hub.download_adapter(source, progress)
     return path if path.is_file() else _in_folder(path)
 
 

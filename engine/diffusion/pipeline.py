@@ -98,7 +98,7 @@ def load_pipeline(spec: DiffusionSpec, progress: Progress) -> Pipeline:
     transformer = _load_transformer(components, place, progress)
     with _named("vae"):
         load_module(vae, components.checkpoints["vae"], place.device, progress)
-    loras = _load_loras(transformer, spec.loras)
+    loras = _load_loras(transformer, spec.loras, progress)
     read = time.perf_counter()
     seconds = {"find": found - started, "build": built - found, "read": read - built}
     return Pipeline(
@@ -215,10 +215,10 @@ def _load_transformer(components: Components, place: Place, progress: Progress) 
         return load_transformer(components.transformer, progress.counted(wanted(tensors, unchanged)), place)
 
 
-def _load_loras(transformer: Any, loras: Mapping[str, str]) -> LoraBank:
+def _load_loras(transformer: Any, loras: Mapping[str, str], progress: Progress) -> LoraBank:
     from inferfleet.engine.diffusion.lora import load_loras
 
-    return load_loras(transformer, loras)
+    return load_loras(transformer, loras, progress)
 
 
 @contextmanager

@@ -10,22 +10,25 @@ the pictures are from the model's own, not how they look.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from inferfleet.engine.errors import NumericalError
-
-if TYPE_CHECKING:
-    from inferfleet.engine.diffusion.pipeline import Pipeline
+from inferfleet.engine.diffusion.engine import DiffusionEngine
+from inferfleet.engine.diffusion.output import Picture
+from inferfleet.engine.diffusion.params import ImageParams
+from inferfleet.engine.diffusion.pipeline import Pipeline
+from inferfleet.engine.diffusion.spec import DiffusionSpec
 
 #: Changes whenever figures would: reports of another version are measured anew.
 VERSION = 1
-#: Short enough for any model's sequence.
+#: Cut by words where a model's sequence is shorter.
 PROMPTS = (
     "a red circle on a blue background",
     "a lighthouse on a cliff at dusk, oil painting",
@@ -50,10 +53,10 @@ MOST_PSNR = 100.0
 class Painted:
     """One picture."""
 
-    #: [tokens, channels] float32
+    #: [1, C, h, w] float32
     latents: Tensor
-    #: [3, height, width] uint8
-    picture: Tensor
+    #: [height, width, 3] uint8
+    pixels: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,67 +66,57 @@ class Setup:
     side: int
     steps: int
     guidance: float | None
-    #: Tokens of the prompts, padding included.
-    length: int
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> Setup:
-        side = min(pipeline.default_size, MAX_SIDE)
         steps, guidance = (GUIDED_STEPS, GUIDANCE) if pipeline.guided else (STEPS, None)
-        return cls(side, steps, guidance, pipeline.max_sequence_length)
+        return cls(min(pipeline.default_size, MAX_SIDE), steps, guidance)
 
 
-@torch.inference_mode()
-def paint(pipeline: Pipeline, setup: Setup, prompts: Sequence[str] = PROMPTS) -> list[Painted]:
-    """A picture a prompt, one after another. NumericalError where one has no finite numbers."""
-    pipeline.loras.select([])
-    return [_paint(pipeline, setup, prompt, SEED + index) for index, prompt in enumerate(prompts)]
+def paint(pipeline: Pipeline, spec: DiffusionSpec, prompts: Sequence[str] | None = None) -> list[Painted]:
+    """A picture a prompt, by the engine that serves them. EngineError where one fails.
+
+    prompts: those that come along if None.
+    """
+    setup = Setup.of(pipeline)
+    if prompts is None:
+        prompts = [_fitted(prompt, pipeline) for prompt in PROMPTS]
+    engine = DiffusionEngine(pipeline, replace(spec, max_pixels=max(spec.max_pixels, setup.side**2)))
+    latents: dict[str, Tensor] = {}
+    pixels: dict[str, Tensor] = {}
+    engine.on_latents = lambda name, _, value: latents.update({name: value.float().cpu()})
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), _params(prompt, SEED + number, setup))
+    while engine.has_work:
+        out = engine.step()
+        for _, error in out.errors:
+            raise error
+        pixels |= {delta.id: _pixels(delta) for delta in out.deltas if isinstance(delta, Picture)}
+    return [Painted(latents[name], pixels[name]) for name in map(str, range(len(prompts)))]
 
 
-def _paint(pipeline: Pipeline, setup: Setup, prompt: str, seed: int) -> Painted:
-    device, dtype = pipeline.device, pipeline.dtype
-    transformer: Any = pipeline.transformer
-    words = pipeline.prompts.embed(prompt, setup.length)
-    side = setup.side // pipeline.vae_scale
-    noise = torch.randn(1, pipeline.latent_channels, side, side, generator=torch.Generator().manual_seed(seed))
-    latents = packed(noise).to(device, dtype)
-    rows = torch.arange(side // 2, dtype=torch.float32, device=device)
-    places = torch.cartesian_prod(torch.zeros(1, device=device), rows, rows)
-    sigmas = pipeline.schedule.sigmas(setup.steps, latents.shape[1])
-    for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        flow = transformer(
-            hidden_states=latents,
-            timestep=torch.full((1,), now, device=device, dtype=dtype),
-            guidance=None if setup.guidance is None else torch.full((1,), setup.guidance, device=device, dtype=dtype),
-            pooled_projections=words.pooled[None],
-            encoder_hidden_states=words.t5[None],
-            txt_ids=torch.zeros(setup.length, 3, device=device, dtype=dtype),
-            img_ids=places.to(dtype),
-            return_dict=False,
-        )[0]
-        latents = (latents.float() + (then - now) * flow.float()).to(dtype)
-    if not latents.isfinite().all():
-        raise NumericalError(f"the picture of {prompt!r} has latents that are not finite")
-    vae: Any = pipeline.vae
-    scaled = unpacked(latents, side) / vae.config.scaling_factor + vae.config.shift_factor
-    decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0][0].float()
-    if not decoded.isfinite().all():
-        raise NumericalError(f"the picture of {prompt!r} has pixels that are not finite")
-    picture = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Painted(latents[0].float().cpu(), picture.cpu())
+def _fitted(prompt: str, pipeline: Pipeline) -> str:
+    words = prompt.split()
+    while len(words) > 1 and pipeline.prompts.count(" ".join(words)) > pipeline.max_sequence_length:
+        words.pop()
+    return " ".join(words)
 
 
-def packed(latents: Tensor) -> Tensor:
-    """[1, C, S, S] -> [1, S/2 * S/2, 4 C]: 2 x 2 latents are a token, channel by channel."""
-    _, channels, side, _ = latents.shape
-    parts = latents.view(1, channels, side // 2, 2, side // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return parts.reshape(1, (side // 2) ** 2, 4 * channels)
+def _params(prompt: str, seed: int, setup: Setup) -> ImageParams:
+    return ImageParams(
+        prompt=prompt,
+        seed=seed,
+        width=setup.side,
+        height=setup.side,
+        num_inference_steps=setup.steps,
+        guidance_scale=setup.guidance,
+    )
 
 
-def unpacked(tokens: Tensor, side: int) -> Tensor:
-    """The way back."""
-    parts = tokens.view(1, side // 2, side // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return parts.reshape(1, -1, side, side)
+def _pixels(picture: Picture) -> Tensor:
+    with Image.open(io.BytesIO(picture.data)) as image:
+        width, height = image.size
+        return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
 def psnr(one: Tensor, other: Tensor) -> float:
@@ -135,7 +128,7 @@ def psnr(one: Tensor, other: Tensor) -> float:
 def distances(full: Sequence[Painted], coded: Sequence[Painted]) -> dict[str, Any]:
     """The figures of a report."""
     errors = [float((a.latents - b.latents).norm() / a.latents.norm()) for a, b in zip(full, coded, strict=True)]
-    decibels = [psnr(a.picture, b.picture) for a, b in zip(full, coded, strict=True)]
+    decibels = [psnr(a.pixels, b.pixels) for a, b in zip(full, coded, strict=True)]
     return {
         "latent_error": {"mean": sum(errors) / len(errors), "max": max(errors)},
         "psnr": {"mean": sum(decibels) / len(decibels), "min": min(decibels), "unit": "dB"},
