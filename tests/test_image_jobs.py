@@ -271,31 +271,25 @@ def test_lost_replies_on_every_path_store_every_picture_once(fleet, proxy):
 
 def test_a_long_queue_of_pictures_keeps_no_chat_waiting(fleet):
     fleet.start_worker(BOTH, slots=32)
-    queued = [fleet.paint("step=0.05", body={"num_inference_steps": 20}) for _ in range(200)]
+    queued = [fleet.paint("step=0.1", body={"num_inference_steps": 20}) for _ in range(200)]
     until(lambda: fleet.ledger.stats()["p"]["running"] == 16)
-    started = time.monotonic()
     chats = [fleet.submit("tokens=4") for _ in range(16)]
     assert {fleet.wait(job_id).state for job_id in chats} == {"completed"}
-    assert time.monotonic() - started < 5
-    # No more pictures are carried than the engine can soon use, and those that wait are all still there.
+    # The pictures would take fifty seconds. No more of them are carried than the engine can soon use.
     assert fleet.ledger.stats()["p"]["running"] <= 16
     assert fleet.ledger.stats()["p"]["waiting"] > 100
-    for job_id in queued:
-        fleet.ledger.cancel(job_id)
+    assert fleet.state(queued[-1]) == "queued"
 
 
 def test_a_long_queue_of_chats_keeps_no_picture_waiting(fleet):
     fleet.start_worker({"m": {"path": "fake", "max_num_seqs": 8}, "p": "image"}, slots=16)
-    chats = [fleet.submit("tokens=400 step=0.05") for _ in range(100)]
+    chats = [fleet.submit("tokens=1000 step=0.05") for _ in range(100)]
     until(lambda: fleet.ledger.stats()["m"]["running"] >= 8)
-    started = time.monotonic()
-    pictures = [fleet.wait(fleet.paint("x")) for _ in range(3)]
-    assert time.monotonic() - started < 5
-    for record in pictures:
+    for record in [fleet.wait(fleet.paint("x")) for _ in range(3)]:
         assert_painted(fleet, record)
+    # The chats would take ten minutes, and none of them has ended.
+    assert {fleet.state(job_id) for job_id in chats} == {"in_progress", "queued"}
     assert fleet.ledger.stats()["m"]["running"] == 8
-    for job_id in chats:
-        fleet.ledger.cancel(job_id)
 
 
 def test_jobs_follow_each_other_without_waiting_for_turns_when_all_seats_are_taken(fleet):

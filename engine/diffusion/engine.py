@@ -105,9 +105,7 @@ class DiffusionEngine:
         pixels = None if init is None else read_init_image(init, wanted.width, wanted.height)
         scale = self.pipeline.vae_scale
         group = Group(wanted.height // scale, wanted.width // scale, wanted.max_sequence_length)
-        rows = [
-            Row(request_id, index, group, wanted.num_steps, priority, self._num_added) for index in range(wanted.n)
-        ]
+        rows = [Row(request_id, index, group, wanted.num_steps, priority, self._num_added) for index in range(wanted.n)]
         self._num_added += 1
         self._open[request_id] = _Request(request_id, wanted, num_tokens, rows, pixels)
         self.turns.add(rows)
@@ -178,9 +176,7 @@ class DiffusionEngine:
             if canvas.guess is not None and canvas.row.id in self._open:
                 self._preview(canvas, canvas.guess, out)
 
-    def _try(
-        self, canvases: Sequence[Canvas]
-    ) -> tuple[list[Canvas], list[Canvas], dict[str, EngineError]]:
+    def _try(self, canvases: Sequence[Canvas]) -> tuple[list[Canvas], list[Canvas], dict[str, EngineError]]:
         """One step: pictures that took it, those that came out broken, and errors by request id.
 
         A batch that fails is halved until each picture that fails does so alone: no picture fails for its mates.

@@ -170,9 +170,7 @@ class Limits:
         for choice in choices:
             if choice.name not in self.lora_names:
                 known = ", ".join(self.lora_names) or "none"
-                raise InvalidRequest(
-                    f"there is no LoRA adapter {choice.name!r}; this model has {known}", param="loras"
-                )
+                raise InvalidRequest(f"there is no LoRA adapter {choice.name!r}; this model has {known}", param="loras")
             if choice.name in seen:
                 raise InvalidRequest(f"the LoRA adapter {choice.name!r} is named twice", param="loras")
             seen.add(choice.name)

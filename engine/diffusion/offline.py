@@ -33,9 +33,7 @@ class ImageGenerator:
         self.engine, self.card = loaded.engine, loaded.card
         self._num_requests = 0
 
-    def generate(
-        self, prompt: str | Sequence[str], *, n: int = 1, **how: Any
-    ) -> Image.Image | list[Image.Image]:
+    def generate(self, prompt: str | Sequence[str], *, n: int = 1, **how: Any) -> Image.Image | list[Image.Image]:
         """One picture, or a list of n for each prompt in their order where there are several.
 
         how: width, height, num_inference_steps, guidance_scale, seed, max_sequence_length, strength, init_image (a
@@ -104,4 +102,3 @@ def _opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
-
