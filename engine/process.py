@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -42,6 +43,7 @@ class Child:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._last_sent = 0.0
+        self._service: Service | None = None
 
     def run(self) -> None:
         """Load, then serve until the parent closes. Raises what loading raised, after telling it."""
@@ -69,7 +71,7 @@ class Child:
 
     def _load(self, message: Mapping[str, Any]) -> Service:
         try:
-            service = load_service(message["spec"], Progress(self._tell_progress))
+            service = load_service(message["spec"], Progress(self._tell_progress), self._alive)
         except GroupBroken:
             raise  # a rank died on the way: another try may go well
         except Exception as error:
@@ -80,6 +82,7 @@ class Child:
         # Says which C++ kernels run, or why the slower references do.
         facts = {"model": message.get("model"), "kernels": build.status(), **service.card}
         log.info("ready", extra={"fields": facts})
+        self._service = service
         return service
 
     def _tell_progress(self, phase: str, done: int, total: int) -> None:
@@ -105,12 +108,23 @@ class Child:
         except Exception as error:  # nothing that a request says may end the process
             log.exception("a request could not be taken", extra={"fields": {"id": message["id"]}})
             refusal = EngineError(f"the request could not be taken: {type(error).__name__}")
-        self._send_step(service, service.refusal(message["id"], refusal))
+        self._send_step(service, service.news((message["id"], refusal)))
 
     def _step(self, service: Service) -> None:
         news = service.step()
-        if news or (service.has_work and time.monotonic() - self._last_sent >= SIGN_OF_LIFE_SECONDS):
+        if news or (service.has_work and self._is_silent):
             self._send_step(service, news)
+
+    def _alive(self) -> None:
+        """Called within a step that may take long."""
+        if self._service is not None and self._is_silent:
+            # That the parent is gone is noticed between steps.
+            with suppress(Closed):
+                self._send_step(self._service, self._service.news())
+
+    @property
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_sent >= SIGN_OF_LIFE_SECONDS
 
     def _send_step(self, service: Service, news: News) -> None:
         stats = service.stats() | news.figures

@@ -5,7 +5,7 @@ What a message means is the matter of each kind: text_service.py, diffusion/serv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -56,8 +56,8 @@ class Service(Protocol):
 
     def step(self) -> News: ...
 
-    def refusal(self, request_id: str, error: EngineError) -> News:
-        """The news that a request was not taken."""
+    def news(self, *errors: tuple[str, EngineError]) -> News:
+        """News of nothing but requests that were not taken."""
         ...
 
     def stats(self) -> dict[str, Any]:
@@ -65,14 +65,16 @@ class Service(Protocol):
         ...
 
 
-def load_service(values: Mapping[str, Any], progress: Progress) -> Service:
-    """The model of a worker's settings. Raises LoadError, a ModelError and their like; each says what to do."""
+def load_service(values: Mapping[str, Any], progress: Progress, alive: Callable[[], None]) -> Service:
+    """The model of a worker's settings. alive: called as steps go on that may take long. Raises LoadError, a ModelError
+    and their like; each says what to do.
+    """
     spec = find_spec(values, progress)
     # What the other kind needs is not even imported.
     if isinstance(spec, DiffusionSpec):
         from inferfleet.engine.diffusion.service import ImageService
 
-        return ImageService.load(spec, progress)
+        return ImageService.load(spec, progress, alive)
     from inferfleet.engine.text_service import TextService
 
     return TextService.load(spec, progress)

@@ -72,8 +72,8 @@ class TextService:
     def step(self) -> StepOutput:
         return self._engine.step()
 
-    def refusal(self, request_id: str, error: EngineError) -> StepOutput:
-        return StepOutput(errors=[(request_id, error)])
+    def news(self, *errors: tuple[str, EngineError]) -> StepOutput:
+        return StepOutput(errors=list(errors))
 
     def stats(self) -> dict[str, Any]:
         return self._engine.stats()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,8 @@ def _velocity(canvases: Sequence[Canvas], x: Tensor, sigma: Tensor, group: Group
         scales = [canvas.wanted.guidance_scale for canvas in canvases]
         guidance = torch.tensor(scales, dtype=torch.float32, device=pipeline.device)
     pipeline.loras.select([canvas.wanted.loras for canvas in canvases])
-    velocity: Tensor = pipeline.transformer(
+    transformer: Any = pipeline.transformer
+    velocity: Tensor = transformer(
         hidden_states=x,
         # A level passes through the pipeline's format as 0 to 1000, as in diffusers.
         timestep=(sigma * 1000).to(pipeline.dtype) / 1000,

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from torch import Tensor, nn
 from inferfleet.engine.diffusion.latents import draw
 from inferfleet.engine.diffusion.pictures import to_pixels
 from inferfleet.engine.errors import NumericalError
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,8 @@ FLAT = 0.01
 class Decoder:
     """A VAE with its scale and its limit of memory."""
 
-    def __init__(self, vae: AutoencoderKL, *, vae_scale: int, tiling_pixels: int) -> None:
+    def __init__(self, vae: Any, *, vae_scale: int, tiling_pixels: int) -> None:
+        """vae: diffusers' AutoencoderKL."""
         self.vae, self.vae_scale, self.tiling_pixels = vae, vae_scale, tiling_pixels
         self.num_retries = 0
         self._shift = vae.config.shift_factor or 0.0
@@ -50,7 +48,8 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vae.dtype
+        dtype: torch.dtype = self.vae.dtype
+        return dtype
 
     def paint(self, latents: Tensor) -> Tensor:
         """[1, C, h, w] -> uint8 [H, W, 3] on the CPU. NumericalError for latents that make no picture."""

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inferfleet.engine.diffusion.tokenizers import ClipTokenizer, T5Tokenizer
 from inferfleet.engine.errors import InvalidRequest, NumericalError
@@ -89,6 +89,11 @@ class PromptEmbedder:
         self._clip_tokenizer, self._t5_tokenizer = clip_tokenizer, t5_tokenizer
         self._device, self._offloaded = device, offloaded
         self._cache = PromptCache(cache_bytes)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The parts of both encoders, in the order in which a prompt passes them."""
+        return [part for encoder in (self._clip, self._t5) for _, part in encoder.stages()]
 
     def count(self, prompt: str) -> int:
         """T5's tokens of a prompt, the end included. InvalidRequest for text that is no Unicode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from multiprocessing.connection import Connection
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from inferfleet.engine.diffusion.loader import LoadedImages, load_images
 from inferfleet.engine.diffusion.output import ImageStepOutput
 from inferfleet.engine.diffusion.params import ImageParams, LoraChoice
+from inferfleet.engine.diffusion.pulse import listen
 from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.errors import EngineError, InvalidRequest
 from inferfleet.engine.progress import Progress
@@ -26,8 +27,10 @@ class ImageService:
         self._engine, self.card = loaded.engine, loaded.card
 
     @classmethod
-    def load(cls, spec: DiffusionSpec, progress: Progress) -> ImageService:
-        return cls(load_images(spec, progress))
+    def load(cls, spec: DiffusionSpec, progress: Progress, alive: Callable[[], None]) -> ImageService:
+        loaded = load_images(spec, progress)
+        listen(loaded.engine.pipeline, alive)
+        return cls(loaded)
 
     @property
     def has_work(self) -> bool:
@@ -57,8 +60,8 @@ class ImageService:
     def step(self) -> ImageStepOutput:
         return self._engine.step()
 
-    def refusal(self, request_id: str, error: EngineError) -> ImageStepOutput:
-        return ImageStepOutput(errors=[(request_id, error)])
+    def news(self, *errors: tuple[str, EngineError]) -> ImageStepOutput:
+        return ImageStepOutput(errors=list(errors))
 
     def stats(self) -> dict[str, Any]:
         return self._engine.stats()
