@@ -137,5 +137,6 @@ def test_the_default_size_is_one_that_the_settings_allow():
 
 
 def test_limits_and_turns_need_no_torch():
-    code = "import sys, inferfleet.engine.diffusion.limits, inferfleet.engine.diffusion.turns; assert 'torch' not in sys.modules"
+    modules = "inferfleet.engine.diffusion.limits, inferfleet.engine.diffusion.turns"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
