@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from small_pipeline import Shape, components
@@ -82,7 +84,7 @@ def test_tiles_cover_everything_and_overlap(size, side):
         assert (weights > 0).all() and (weights <= 1).all()
         total[place.start * 8 : place.stop * 8] += weights
     assert (total > 0).all()
-    for (first, (_, after)), (second, (before, _)) in zip(tiles, tiles[1:], strict=False):
+    for (first, (_, after)), (second, (before, _)) in pairwise(tiles):
         assert after == before == first.stop - second.start >= 1
 
 
