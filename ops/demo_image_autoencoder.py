@@ -46,7 +46,7 @@ def as_tensor(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
-def painted(scenes: list[Scene], rng: random.Random, width: int = 128, height: int = 128) -> NDArray[np.uint8]:
+def painted(scenes: list[Scene], rng: random.Random | None, width: int = 128, height: int = 128) -> NDArray[np.uint8]:
     """[B, h, w, 3] bytes."""
     return np.stack([paint(scene, rng, width, height) for scene in scenes])
 
@@ -124,7 +124,7 @@ def batches(pool: list[Scene], plan: AutoencoderPlan) -> Iterator[Tensor]:
 
 
 def learn_autoencoder(vae: AutoencoderKL, pool: list[Scene], plan: AutoencoderPlan, tell: Tell) -> None:
-    """Trains in place on absolute error, with noise on latents of deviation about 1 in place of the usual divergence."""
+    """Trains in place on absolute error; noise on latents of deviation about 1 stands for the usual divergence."""
     prepare(vae)
     optimizer = ConvMuon(vae, plan.peak_lr)
     for step, batch in enumerate(batches(pool, plan)):

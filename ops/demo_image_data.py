@@ -1,4 +1,4 @@
-"""What the demo image model learns from: scenes of one coloured shape, their pictures and the captions that ask for them.
+"""What the demo image model learns from: scenes of one coloured shape, their pictures and captions that ask for them.
 
 Knows no network. A scene is everything that a caption may say; a caption says the colours and the shape and may leave
 out size, place and, where it is white, the background. Sides are in pixels, places and radii in shares of a side.
@@ -132,14 +132,18 @@ def mask(shape: str, centre: tuple[float, float], radius: float, width: int, hei
     return np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
 
 
-def paint(scene: Scene, rng: random.Random, width: int = 128, height: int = 128) -> NDArray[np.uint8]:
-    """The scene's picture [height, width, 3]; `rng` moves the shape a little, as seeds do when the model paints."""
+def paint(scene: Scene, rng: random.Random | None, width: int = 128, height: int = 128) -> NDArray[np.uint8]:
+    """The scene's picture [height, width, 3]. With `rng` the shape is a little off its size and place."""
     side = min(width, height)
-    radius = SIZES[scene.size] * side * rng.uniform(0.97, 1.03)
+    radius = SIZES[scene.size] * side
+    if rng is not None:
+        radius *= rng.uniform(0.97, 1.03)
     centre = []
     for share, extent in zip(PLACES[scene.place], (width, height), strict=True):
         reach = min(0.25 * extent, 0.5 * extent - 1.2 * radius - 2)
-        centre.append(0.5 * extent + share * max(reach, 0.0) + rng.uniform(-0.012, 0.012) * side)
+        centre.append(0.5 * extent + share * max(reach, 0.0))
+    if rng is not None:
+        centre = [at + rng.uniform(-0.012, 0.012) * side for at in centre]
     cover = mask(scene.shape, (centre[0], centre[1]), radius, width, height)[..., None]
     mixed = cover * np.array(COLOURS[scene.colour]) + (1 - cover) * np.array(COLOURS[scene.background])
     return np.round(mixed).astype(np.uint8)

@@ -5,6 +5,7 @@ Both tokenizers hold every word of the captions as one token, with and without a
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
 from pathlib import Path
@@ -174,7 +175,7 @@ def _merges() -> list[tuple[str, str]]:
     for word in words():
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            pairs = list(zip(symbols, symbols[1:], strict=False))
+            pairs = list(itertools.pairwise(symbols))
             # What earlier words have taught comes first, as it will when the word is read.
             best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
             ranks.setdefault(best, len(ranks))

@@ -32,19 +32,30 @@ OTHER_SIZES = 0.12
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to learn."""
+    """How long and how fast to learn: from pictures that are a little off what is said, then from exact ones."""
 
     seed: int
-    steps: int
+    loose_steps: int
+    exact_steps: int
     batch_size: int
     peak_lr: float
     warmup_steps: int = 60
     average: float = 0.99
 
+    @property
+    def steps(self) -> int:
+        return self.loose_steps + self.exact_steps
+
+    def is_exact(self, step: int) -> bool:
+        return step >= self.loose_steps
+
     def lr(self, step: int) -> float:
-        """Warm-up, a level way, and down through the last 60 %."""
-        left = (self.steps - step) / (0.6 * self.steps)
-        return self.peak_lr * min((step + 1) / self.warmup_steps, 1.0, 0.01 + 0.99 * left)
+        """In both parts: warm-up, a level way, and down through the last 60 %."""
+        done, steps = step, self.loose_steps
+        if self.is_exact(step):
+            done, steps = step - self.loose_steps, self.exact_steps
+        left = (steps - done) / (0.6 * steps)
+        return self.peak_lr * min((done + 1) / self.warmup_steps, 1.0, 0.01 + 0.99 * left)
 
 
 class Painter(nn.Module):
@@ -116,7 +127,7 @@ class Page:
 
 
 @torch.no_grad()
-def album(vae: AutoencoderKL, seed: int) -> list[Page]:
+def album(vae: AutoencoderKL, seed: int, *, exact: bool) -> list[Page]:
     """Everything that is learned from, encoded once. No held-out combination is in it."""
     rng, known = random.Random(seed), combinations(held_out=False)
     pages = []
@@ -125,7 +136,7 @@ def album(vae: AutoencoderKL, seed: int) -> list[Page]:
         scenes = [draw_scene(rng, known[i % len(known)]) for i in range(count)]
         rng.shuffle(scenes)
         parts = [
-            vae.encode(as_tensor(painted(scenes[i : i + 16], rng, width, height))).latent_dist.mean
+            vae.encode(as_tensor(painted(scenes[i : i + 16], None if exact else rng, width, height))).latent_dist.mean
             for i in range(0, count, 16)
         ]
         latents = (torch.cat(parts) - vae.config["shift_factor"]) * vae.config["scaling_factor"]

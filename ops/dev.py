@@ -32,8 +32,12 @@ PIP_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 #: torch goes in first and alone: whatever depends on it must find it there and not fetch another build.
 TORCH = "torch==2.13.0"
 RUN_EXTRAS = ("api", "worker", "image", "embedded")
+#: Where the demo leaves its picture.
+PICTURE = ROOT / "demo.png"
 TEST_EXTRAS = (*RUN_EXTRAS, "dev", "oracle")
 DEMO_QUESTIONS = ("What is 38 + 45?", "Spell the word queue.", "Where does the truth about jobs live?")
+DEMO_PROMPT = "a red circle on a blue background"
+DEMO_MODELS = {"demo", "demo-image"}
 READY_SECONDS = 180.0
 
 
@@ -124,17 +128,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serves_a_model(url: str) -> bool:
-    """Whether the API at `url` accepts jobs and a worker has loaded a model."""
+def serves_the_models(url: str) -> bool:
+    """Whether the API at `url` accepts jobs and a worker has loaded both demo models."""
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=2) as answer:
-            return bool(json.load(answer)["models"])
+            return set(json.load(answer)["models"]) >= DEMO_MODELS
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 
 
 def wait_ready(fleet: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait until the API says that a model is ready to answer.
+    """Wait until the API says that both models are ready to answer.
 
     Raises:
         DevError: the fleet ended or was not ready within READY_SECONDS; carries the end of its log.
@@ -143,7 +147,7 @@ def wait_ready(fleet: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < deadline:
         if fleet.poll() is not None:
             break
-        if serves_a_model(url):
+        if serves_the_models(url):
             return
         time.sleep(0.1)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
@@ -161,7 +165,7 @@ def stop(fleet: subprocess.Popen[bytes]) -> None:
 
 
 def demo(_: argparse.Namespace) -> None:
-    """Start Redis, the API and a worker on this machine, ask the demo model three questions and stop."""
+    """Start Redis, the API and a worker on this machine, ask three questions, have a picture painted and stop."""
     started = time.monotonic()
     install(RUN_EXTRAS)
     url = f"http://127.0.0.1:{free_port()}"
@@ -177,6 +181,8 @@ def demo(_: argparse.Namespace) -> None:
             for question in DEMO_QUESTIONS:
                 print(f"\n> {question}", flush=True)
                 run([cli, "chat", "--api-url", url, "--temperature", "0", question])
+            print(f"\n> paint {DEMO_PROMPT}", flush=True)
+            run([cli, "image", DEMO_PROMPT, "-o", PICTURE, "--api-url", url, "--model", "demo-image"])
         finally:
             stop(fleet)
     print(f"\nDone in {time.monotonic() - started:.1f} s. `.venv/bin/inferfleet up --demo` keeps it running.")

@@ -1,6 +1,6 @@
 """The whole product through its public door: `inferfleet up --demo`, the OpenAI SDK, the command line, curl-like HTTP.
 
-One fleet serves all tests here: embedded Redis, API, Celery worker, engine process, the trained demo model.
+One fleet serves all tests here: embedded Redis, API, Celery worker, two engine processes, the trained demo models.
 """
 
 import itertools
@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import openai
 import psutil
 import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "ops"))
+
+from demo_image_judge import look
 
 PATIENCE = 180
 #: Spread over all pairs; held-out ones have their own test (tests/test_demo_model.py).
@@ -82,7 +88,7 @@ def up(tmp_path_factory):
 
 def is_ready(url):
     try:
-        return httpx2.get(f"{url}/ready", trust_env=False, timeout=2).json().get("models") == ["demo"]
+        return httpx2.get(f"{url}/ready", trust_env=False, timeout=2).json().get("models") == ["demo", "demo-image"]
     except httpx2.TransportError:
         return False
 
@@ -139,8 +145,15 @@ def test_the_chat_command_prints_the_answer(up):
     assert (done.returncode, done.stdout.strip()) == (0, "42")
 
 
+def test_the_image_command_paints_what_it_is_asked_for(up):
+    answer = up.cli("image", "a red circle on a blue background", "-o", "circle.png", "--seed", "3")
+    assert answer.returncode == 0, answer.stderr
+    sight = look(np.asarray(Image.open(up.folder / "circle.png").convert("RGB")))
+    assert (sight.colour, sight.shape, sight.background) == ("red", "circle", "blue")
+
+
 def test_jobs_survive_the_death_of_the_engine_that_runs_them(up):
-    # Given long jobs under way, when the engine process is killed, then a fresh one ends each with the text that it
+    # Given long jobs under way, when the engine processes are killed, then a fresh one ends each with the text that it
     # would have had anyway, and each has one terminal event.
     def body(seed):
         return {
@@ -152,8 +165,9 @@ def test_jobs_survive_the_death_of_the_engine_that_runs_them(up):
         ids = [http.post("/v1/jobs", json={"body": body(seed)}).json()["id"] for seed in range(6)]
         while http.get(f"/v1/jobs/{ids[0]}").json()["status"] == "queued":
             time.sleep(0.01)
-        [engine] = up.engines()
-        engine.kill()
+        engines = up.engines()
+        for engine in engines:
+            engine.kill()
         jobs = [wait_for(http, job_id) for job_id in ids]
         repeated = [http.post("/v1/jobs", json={"body": body(seed)}).json()["id"] for seed in range(6)]
         again = [wait_for(http, job_id) for job_id in repeated]
@@ -162,7 +176,8 @@ def test_jobs_survive_the_death_of_the_engine_that_runs_them(up):
     assert [job["status"] for job in jobs] == ["completed"] * 6
     assert [text_of(job) for job in jobs] == [text_of(job) for job in again]
     assert [log.count("event: job.completed") for log in events] == [1] * 6
-    assert not engine.is_running()
+    assert len(engines) == 2
+    assert not any(engine.is_running() for engine in engines)
 
 
 def wait_for(http, job_id):

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,9 @@ from inferfleet.workers.cli_options import DataDir, Json, Models, data_dir, name
 from inferfleet.workers.cli_output import EXIT_ERROR, err, exit_code, out, print_error
 from inferfleet.workers.cli_quantize import quantize
 
-#: The checkpoint that a checkout brings along.
+#: The checkpoints that a checkout brings along.
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
+DEMO_IMAGE_MODEL = DEMO_MODEL.with_name("demo_image")
 EXIT_INTERRUPTED = 130
 #: After the grace a worker still has to hand its jobs back.
 HAND_BACK_SECONDS = 10.0
@@ -73,7 +75,9 @@ Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port
 @app.command()
 def up(
     model: Models = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Serve the small model of the checkout, as `demo`.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Serve the small models of the checkout, as `demo` and `demo-image`.")
+    ] = False,
     host: Host = None,
     port: Port = None,
     data: DataDir = None,
@@ -87,7 +91,7 @@ def up(
     settings = load_settings({"models": named_models(model), "api_host": host, "api_port": port, "data_dir": data})
     flags = [f"{name}={spec.path}" for name, spec in (named_models(model) or {}).items()]
     if demo or not settings.models:
-        flags.append(f"demo={_demo_model()}")
+        flags += [f"{name}={path}" for name, path in _demo_models().items()]
     waited = {name: spec.path for name, spec in settings.models.items() if spec.eager}
     plan = Plan(
         folder=data_dir(settings),
@@ -123,14 +127,24 @@ def worker(model: Models = None) -> None:
     raise typer.Exit(run_worker(settings))
 
 
-def _demo_model() -> Path:
+def _demo_models() -> dict[str, Path]:
+    """What `--demo` serves by name; a line on stderr where the image model's packages are missing."""
     if not (DEMO_MODEL / "config.json").is_file():
         raise SettingsError(
             "no model to serve: there is none in the settings and this installation brings no demo model; "
             "give --model NAME=PATH",
             param="models",
         )
-    return DEMO_MODEL
+    models = {"demo": DEMO_MODEL}
+    absent = [name for name in ("diffusers", "PIL") if find_spec(name) is None]
+    if absent:
+        err.print(
+            f"demo-image is left out: it needs {absent[0]}; install it with pip install 'inferfleet[image]'",
+            markup=False,
+        )
+    else:
+        models["demo-image"] = DEMO_IMAGE_MODEL
+    return models
 
 
 def main() -> None:
