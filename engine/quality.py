@@ -1,7 +1,7 @@
 """What quantising costs a model: `python -m inferfleet.engine.quality PATH --quantization KIND`, JSON on stdout.
 
 The model is run over fixed prompts in its own precision and again with coded weights; with -o the coded weights are
-written too. How weights are coded is not decided here.
+written too. How weights are coded is not decided here. Image models are measured in diffusion/quantise.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from inferfleet.engine.config import ModelConfig, read_config
+from inferfleet.engine.diffusion.components import is_pipeline
 from inferfleet.engine.errors import EngineError, InvalidRequest, LoadError, OutOfMemory
 from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.offline import LLM
@@ -73,6 +74,8 @@ def quantise_and_report(task: Task) -> dict[str, Any]:
     if task.out is not None:
         check_target(task.out)
     folder = find_folder(task.path, task.revision)
+    if is_pipeline(folder):
+        return _image_report(task, folder, prompts)
     config = read_config(folder)
     scheme = read_scheme(config.raw)
     if scheme is not None:
@@ -91,6 +94,20 @@ def quantise_and_report(task: Task) -> dict[str, Any]:
     for path in targets:
         write_report(report, path)
     return report | {"report": str(task.out / REPORT if task.out is not None else targets[0])}
+
+
+def _image_report(task: Task, folder: Path, prompts: Sequence[str]) -> dict[str, Any]:
+    """The same for a pipeline of components. Imported here: text models need no diffusers."""
+    from inferfleet.engine.diffusion.quantise import refuse_artefact, report_on
+
+    if task.out is not None:
+        refuse_artefact(task.out)
+    targets = report_files(task, folder)
+    own = None if task.prompts is None else prompts
+    report = report_on(task.path, task.kind, revision=task.revision, device=task.device, prompts=own)
+    for path in targets:
+        write_report(report, path)
+    return report | {"report": str(targets[0])}
 
 
 def report_files(task: Task, folder: Path) -> list[Path]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,16 @@ from inferfleet.engine.diffusion.pipeline import load_pipeline
 from inferfleet.engine.diffusion.quality import Painted, distances, psnr
 from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.errors import LoadError
+from inferfleet.engine.model_errors import UnsupportedModel
 from inferfleet.engine.place import Place
 from inferfleet.engine.progress import Progress
+from inferfleet.engine.quality import Task, quantise_and_report
 from inferfleet.kernels import build
 from inferfleet.kernels.quantized import KINDS, quantise
+from inferfleet.workers import cli_quantize
 
+#: Compiled kernels lie in the user's cache as well: commands with another cache find them there.
+KERNELS = build.cache_folder()
 SMALL = Shape(sample_size=32, max_length=32)
 
 
@@ -35,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path) -> Path:
     """A cache folder with nothing in it."""
-    build.library()  # compiled kernels lie in the cache as well: the ones that are there are to be found first
+    build.library()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/inferfleet/quality"
 
@@ -239,3 +247,61 @@ def test_guided_models_are_measured_with_guidance_and_more_steps(seed, tmp_path)
     report = load_gated(spec, Progress())[1]
     assert (report["steps"], report["guidance_scale"]) == (8, 3.5)
     assert report["psnr"]["mean"] > spec.min_psnr
+
+
+def command(cache: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """`inferfleet quantize` with a cache folder that has the compiled kernels and nothing else."""
+    (cache / "inferfleet").mkdir(parents=True, exist_ok=True)
+    if KERNELS.is_dir():
+        (cache / "inferfleet/kernels").symlink_to(KERNELS)
+    words = [sys.executable, "-m", "inferfleet.workers.cli", "quantize", *map(str, arguments)]
+    env = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=env)
+
+
+def test_the_command_makes_the_report_that_a_load_goes_by(model, tmp_path, cache, monkeypatch):
+    # Given the command, when it measures a model with a licence that nobody accepted yet,
+    write(tmp_path / "dev", 3, shape=SMALL, guided=True)
+    done = command(tmp_path / "cache", tmp_path / "dev", "-q", "int8", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    # then it tells what is in the model's folder and in the cache,
+    beside = json.loads((tmp_path / "dev/quality_report.json").read_text())
+    assert told == beside | {"report": str(tmp_path / "dev/quality_report.json")}
+    kept = json.loads(Path(told["kept"]).read_text())
+    assert {name: told[name] for name in kept if name != "model"} == {n: v for n, v in kept.items() if n != "model"}
+    # and a load measures nothing any more.
+    seen = loads(monkeypatch)
+    spec = spec_of(tmp_path / "dev", quantization="int8", accept_licence="flux-1-dev-non-commercial-license")
+    assert load_gated(spec, Progress())[1] == kept
+    assert seen == ["int8"]
+
+
+def test_the_command_writes_no_coded_folder_of_an_image_model(model, tmp_path):
+    with pytest.raises(UnsupportedModel, match="leave -o out"):
+        quantise_and_report(Task(path=str(model), kind="int8", device="cpu", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_prompts_are_measured_and_not_kept(model, tmp_path, cache):
+    (tmp_path / "prompts").write_text("a hat\na cat\n")
+    task = Task(path=str(model), kind="int4", device="cpu", prompts=tmp_path / "prompts", report=tmp_path / "report")
+    report = quantise_and_report(task)
+    assert (report["pictures"], report["kept"]) == (2, None)
+    assert not cache.exists()
+    # A prompt that does not fit is named, not cut.
+    (tmp_path / "prompts").write_text("a hat " * 40)
+    with pytest.raises(LoadError, match="tokens, more than max_sequence_length 32"):
+        quantise_and_report(task)
+
+
+def test_the_table_of_an_image_model_has_its_figures_and_the_verdict(model, tmp_path, monkeypatch, capsys):
+    report = quantise_and_report(Task(path=str(model), kind="int4", device="cpu", report=tmp_path / "report"))
+    monkeypatch.setattr(cli_quantize, "_ask", lambda arguments: report)
+    cli_quantize.quantize("model", "int4")
+    shown = capsys.readouterr().out
+    for words in (f"mean {report['psnr']['mean']:.1f}", "8 pictures of 32 x 32 in 4 steps", "served (min_psnr is 25"):
+        assert words in shown
+    report["psnr"]["mean"] = 20.0
+    cli_quantize.quantize("model", "int4")
+    assert "refused unless allow_low_psnr = true" in capsys.readouterr().out

@@ -47,7 +47,8 @@ def quantize(
 ) -> None:
     """Compare a model with itself under coded weights: texts, probabilities, routes, bytes. -o writes the coded model.
 
-    It is served like any other: give its folder as a model's path.
+    It is served like any other: give its folder as a model's path. An image model is compared by its pictures, and
+    what is found is what a worker goes by when it is to serve it coded.
     """
     wanted = {"--out": output, "--report": report, "--prompts": prompts, "--revision": revision}
     options = [f"{name}={value}" for name, value in wanted.items() if value is not None]
@@ -55,8 +56,9 @@ def quantize(
     if json:
         print_json(found)
         return
-    print_table(("", ""), _rows(found))
-    if found["router"] is not None:
+    is_image = found.get("kind") == "image"
+    print_table(("", ""), _image_rows(found) if is_image else _rows(found))
+    if not is_image and found["router"] is not None:
         out.print()
         print_table(("ROUTER", "CHOICES", "OTHER EXPERT"), _routers(found["router"]["layers"]))
 
@@ -103,6 +105,25 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seconds", f"{sum(found['seconds'].values()):.1f}"
     if found["artefact"]:
         yield "written", found["artefact"]
+    yield "report", found["report"]
+
+
+def _image_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The report of an image model for a person."""
+    ratio, error, weights = found["psnr"], found["latent_error"], found["weights"]
+    before, after = weights["bytes_before"], weights["bytes_after"]
+    yield "model", found["model"] + (f" @ {found['commit']}" if found["commit"] else "")
+    yield "compared", f"{found['quantization']} with {found['dtype']} on {found['device']}"
+    yield "transformer", f"{_in_units(after)} of {_in_units(before)} ({after / before:.0%})"
+    side = f"{found['side']} x {found['side']}"
+    yield "over", f"{found['pictures']} pictures of {side} in {found['steps']} steps"
+    yield "PSNR", f"mean {ratio['mean']:.1f}, lowest {ratio['min']:.1f} dB"
+    yield "latents", f"differ by {error['mean']:.2%}, at most by {error['max']:.2%}"
+    served = "served" if ratio["mean"] >= found["min_psnr"] else "refused unless allow_low_psnr = true"
+    yield "verdict", f"{served} (min_psnr is {found['min_psnr']:g} by default)"
+    yield "seconds", f"{found['seconds']:.1f}"
+    if found["kept"]:
+        yield "kept for loads", found["kept"]
     yield "report", found["report"]
 
 

@@ -48,8 +48,14 @@ def with_ours(pipeline, config, quantization=None):
     return other, ours
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("seed", range(len(SHAPES)))
+@pytest.mark.parametrize(
+    ("form", "seed"),
+    [
+        pytest.param(form, seed, marks=[] if number % len(SHAPES) == seed else [pytest.mark.slow])
+        for number, form in enumerate(FORMATS)
+        for seed in range(len(SHAPES))
+    ],
+)
 def test_an_adapter_in_every_format_paints_what_the_merged_weights_paint(form, seed, tmp_path):
     # Given a pipeline and an adapter for all that its format can name,
     write(tmp_path / "model", seed)
