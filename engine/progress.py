@@ -2,6 +2,7 @@
 
 find      look for the files           download  fetch them: bytes
 read      fill the weights: bytes      engine    cache, tokenizer, scheduler      smoke  the first forward passes
+measure   paint pictures with exact and with coded weights, to see what the codes cost
 """
 
 from __future__ import annotations

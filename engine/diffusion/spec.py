@@ -42,7 +42,7 @@ class DiffusionSpec:
     loras: Mapping[str, str] = field(default_factory=dict)
     #: The licence tag that the operator accepts, where the model's licence has to be.
     accept_licence: str | None = None
-    #: A quantised transformer whose pictures are further from full precision than this (dB) is refused ...
+    #: A quantised transformer whose pictures are further from full precision than so many dB is refused ...
     min_psnr: float = 25.0
     #: ... unless the operator allows it.
     allow_low_psnr: bool = False
