@@ -11,9 +11,11 @@ from lora_adapters import Made, merge, write_diffusers, write_original, write_pe
 from parity.checkpoints.flux import SHAPES, reference, write
 from torch import Tensor
 
+from inferfleet.engine.diffusion.latents import pack
 from inferfleet.engine.diffusion.linears import load_transformer
 from inferfleet.engine.diffusion.lora import load_loras
-from inferfleet.engine.diffusion.params import LoraChoice
+from inferfleet.engine.diffusion.offline import ImageGenerator
+from inferfleet.engine.diffusion.params import ImageParams, LoraChoice
 from inferfleet.engine.place import Place
 
 FORMATS = ("peft", "peft-patterns", "diffusers", "diffusers-alpha", "kohya", "comfyui", "xlabs")
@@ -90,3 +92,33 @@ def test_two_adapters_at_once_are_the_sum_of_their_changes(tmp_path):
     merge(judge.transformer, first.changes, 0.3)
     merge(judge.transformer, second.changes, -0.5)
     assert (latents(pipeline, 3) - latents(judge, 3)).abs().max() < 1e-4
+
+
+def test_pictures_with_unlike_adapters_in_one_batch_are_each_those_of_their_own_merged_pipeline(tmp_path):
+    # Given an engine with two adapters,
+    write(tmp_path / "model", 0)
+    plain = reference(tmp_path / "model")
+    ink = write_peft(tmp_path / "ink", plain.transformer, 1)
+    wax = write_original(tmp_path / "wax.safetensors", plain.transformer, 2, "kohya")
+    painter = ImageGenerator(
+        str(tmp_path / "model"), device="cpu", loras={"ink": str(ink.path.parent), "wax": str(wax.path)}
+    )
+    # when three requests with other choices share their steps,
+    sizes = {"width": 96, "height": 64, "num_inference_steps": 3, "max_sequence_length": 16}
+    choices: list[dict[str, float]] = [{"ink": 0.7}, {}, {"wax": -0.5, "ink": 0.2}]
+    found: dict[str, Tensor] = {}
+    painter.engine.on_latents = lambda name, _, latents: found.update({name: latents})
+    for number, chosen in enumerate(choices):
+        loras = tuple(LoraChoice(name=name, scale=scale) for name, scale in chosen.items())
+        painter.engine.add(str(number), ImageParams(prompt="a red circle on blue", seed=number, loras=loras, **sizes))
+    batches = set()
+    while painter.engine.has_work:
+        batches.add(painter.engine.step().batch_size)
+    assert 3 in batches
+    # then each has the latents of a pipeline into whose weights its own choice has been merged.
+    for number, chosen in enumerate(choices):
+        judge = reference(tmp_path / "model")
+        for name, scale in chosen.items():
+            merge(judge.transformer, {"ink": ink, "wax": wax}[name].changes, scale)
+        expected = latents(judge, number)
+        assert (pack(found[str(number)]) - expected).abs().max() < 1e-4
