@@ -394,6 +394,26 @@ def test_an_encoder_that_fails_fails_its_request_only(schnell, monkeypatch):
     assert set(told.errors) == {"bad"}
 
 
+@pytest.mark.parametrize(("times", "ends"), [(1, True), (2, False)])
+def test_painting_without_memory_is_tried_once_more(schnell, monkeypatch, times, ends):
+    told = Told(DiffusionEngine(*schnell))
+    whole, calls = told.engine.decoder.paint, []
+
+    def paint(latents):
+        calls.append(1)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("no room")
+        return whole(latents)
+
+    monkeypatch.setattr(told.engine.decoder, "paint", paint)
+    told.engine.add("one", params())
+    told.run()
+    assert (set(told.finished), set(told.errors)) == (({"one"}, set()) if ends else (set(), {"one"}))
+    assert len(calls) == 2
+    if not ends:
+        assert isinstance(told.errors["one"], OutOfMemory)
+
+
 def test_without_work_a_step_does_nothing(schnell):
     engine = DiffusionEngine(*schnell)
     assert not engine.has_work

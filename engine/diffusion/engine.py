@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.diffusion.turns import Group, Move, Paint, Prepare, Row, Turns
 from inferfleet.engine.errors import EngineError, InvalidRequest, NumericalError
 from inferfleet.engine.failures import explain, is_out_of_memory
+
+T = TypeVar("T")
 
 NOT_FINITE = "the picture's latents are not finite"
 
@@ -150,8 +152,9 @@ class DiffusionEngine:
         """Everything that a request's pictures need before their first step."""
         wanted = request.wanted
         try:
-            embeddings = self.pipeline.prompts.embed(wanted.prompt, wanted.max_sequence_length)
-            moments = None if request.init_image is None else self.decoder.encode(request.init_image)
+            embeddings = self._with_room(lambda: self.pipeline.prompts.embed(wanted.prompt, wanted.max_sequence_length))
+            init = request.init_image
+            moments = None if init is None else self._with_room(lambda: self.decoder.encode(init))
             for row in request.rows:
                 canvas = begin(row, wanted, embeddings, moments, self.pipeline, self.decoder)
                 request.canvases[row] = canvas
@@ -218,7 +221,7 @@ class DiffusionEngine:
         if self.on_latents is not None:
             self.on_latents(row.id, row.index, latents)
         try:
-            pixels = self.decoder.paint(latents)
+            pixels = self._with_room(lambda: self.decoder.paint(latents))
         except Exception as error:
             self._fail([row.id], explain(error, self.pipeline.device), out)
             return
@@ -264,6 +267,16 @@ class DiffusionEngine:
         self.turns.drop(request_id)
         for file in self._open.pop(request_id).files.values():
             file.cancel()
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """The work; where memory runs out, once more after the allocator gave back what it keeps for other sizes."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._empty_cache()
+        return work()
 
     def _empty_cache(self) -> None:
         if self.pipeline.device.type == "cuda":
