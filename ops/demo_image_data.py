@@ -44,6 +44,9 @@ PLACES = {
     "bottom left": (-1, 1),
     "bottom right": (1, 1),
 }
+#: What the last lessons are about, and so what the model is for: outlines that few latents can tell.
+LATE_SHAPES = ("circle", "square", "triangle", "diamond", "ring")
+LATE_PLACES = ("", "left", "right", "top", "bottom")
 #: The background of a caption that names none.
 PLAIN = "white"
 HELD_OUT_SHARE = 0.12
@@ -70,16 +73,17 @@ def is_held_out(shape: str, colour: str, background: str) -> bool:
     return int.from_bytes(digest[:8]) < HELD_OUT_SHARE * 2**64
 
 
-def combinations(*, held_out: bool) -> list[tuple[str, str, str]]:
-    """All (shape, colour, background) of one side of the division."""
+def combinations(*, held_out: bool, late: bool = False) -> list[tuple[str, str, str]]:
+    """All (shape, colour, background) of one side of the division, of all lessons or of the last ones."""
     pairs = [(colour, ground) for colour in COLOURS for ground in COLOURS if colour != ground]
-    found = [(shape, colour, ground) for shape in SHAPES for colour, ground in pairs]
+    shapes = LATE_SHAPES if late else SHAPES
+    found = [(shape, colour, ground) for shape in shapes for colour, ground in pairs]
     return [combination for combination in found if is_held_out(*combination) == held_out]
 
 
-def draw_scene(rng: random.Random, combination: tuple[str, str, str]) -> Scene:
-    """The combination at a random size and place; half of the scenes are in the middle."""
-    place = "" if rng.random() < 0.4 else rng.choice(list(PLACES))
+def draw_scene(rng: random.Random, combination: tuple[str, str, str], *, late: bool = False) -> Scene:
+    """The combination at a random size and place; nearly half of the scenes are in the middle."""
+    place = "" if rng.random() < 0.4 else rng.choice(LATE_PLACES if late else tuple(PLACES))
     return Scene(*combination, size=rng.choice(list(SIZES)), place=place)
 
 

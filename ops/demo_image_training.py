@@ -26,17 +26,22 @@ from transformers import CLIPTextModel, T5EncoderModel
 FOUR_STEPS = (1.0, 0.75, 0.5, 0.25)
 #: Width, height and number of the pictures that are encoded once and learned from.
 ALBUM = ((SIDE, SIDE, 4200), (96, 96, 300), (160, 160, 300), (160, 128, 300), (96, 128, 300))
+LATE_ALBUM = ((SIDE, SIDE, 2600), (96, 96, 80), (160, 160, 80), (160, 128, 80), (96, 128, 80))
 #: Share of the batches that are not of the first size.
 OTHER_SIZES = 0.12
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to learn: from pictures that are a little off what is said, then from exact ones."""
+    """How long and how fast to learn.
+
+    Three parts: all shapes and places, a little off what is said; the same, exact; and what the model is for, exact.
+    """
 
     seed: int
     loose_steps: int
     exact_steps: int
+    late_steps: int
     batch_size: int
     peak_lr: float
     warmup_steps: int = 60
@@ -44,17 +49,17 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return self.loose_steps + self.exact_steps
+        return self.loose_steps + self.exact_steps + self.late_steps
 
-    def is_exact(self, step: int) -> bool:
-        return step >= self.loose_steps
+    def part(self, step: int) -> int:
+        """0, 1 or 2."""
+        return (step >= self.loose_steps) + (step >= self.loose_steps + self.exact_steps)
 
     def lr(self, step: int) -> float:
-        """In both parts: warm-up, a level way, and down through the last 60 %."""
-        done, steps = step, self.loose_steps
-        if self.is_exact(step):
-            done, steps = step - self.loose_steps, self.exact_steps
-        left = (steps - done) / (0.6 * steps)
+        """Warm-up, a level way, and down through 60 % of the first part; the same anew, down through the third part."""
+        done, left = step, (self.loose_steps - step) / (0.6 * self.loose_steps)
+        if self.part(step):
+            done, left = step - self.loose_steps, (self.steps - step) / self.late_steps
         return self.peak_lr * min((done + 1) / self.warmup_steps, 1.0, 0.01 + 0.99 * left)
 
 
@@ -127,16 +132,17 @@ class Page:
 
 
 @torch.no_grad()
-def album(vae: AutoencoderKL, seed: int, *, exact: bool) -> list[Page]:
-    """Everything that is learned from, encoded once. No held-out combination is in it."""
-    rng, known = random.Random(seed), combinations(held_out=False)
+def album(vae: AutoencoderKL, seed: int, part: int) -> list[Page]:
+    """Everything that a part of the plan learns from, encoded once. No held-out combination is in it."""
+    late = part == 2
+    rng, known = random.Random(seed), combinations(held_out=False, late=late)
     pages = []
-    for width, height, count in ALBUM:
+    for width, height, count in LATE_ALBUM if late else ALBUM:
         # Each combination equally often, at sizes and places drawn for it.
-        scenes = [draw_scene(rng, known[i % len(known)]) for i in range(count)]
+        scenes = [draw_scene(rng, known[i % len(known)], late=late) for i in range(count)]
         rng.shuffle(scenes)
         parts = [
-            vae.encode(as_tensor(painted(scenes[i : i + 16], None if exact else rng, width, height))).latent_dist.mean
+            vae.encode(as_tensor(painted(scenes[i : i + 16], None if part else rng, width, height))).latent_dist.mean
             for i in range(0, count, 16)
         ]
         latents = (torch.cat(parts) - vae.config["shift_factor"]) * vae.config["scaling_factor"]

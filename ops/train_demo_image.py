@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import transformers
 from demo_image_autoencoder import AutoencoderPlan, as_tensor, learn_autoencoder, painted
-from demo_image_data import COLOURS, SHAPES, combinations, draw_scene, paint
+from demo_image_data import COLOURS, LATE_SHAPES, combinations, draw_scene, paint
 from demo_image_judge import judge
 from demo_image_training import Captions, Painter, Plan, Student, album, lesson
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -125,10 +125,10 @@ def train(plan: Plan, autoencoder_plan: AutoencoderPlan, out: Path, state: Path,
             raise SystemExit(f"{kept} belongs to another plan: {found['plan']}")
         student.restore(found["student"])
         first, clock = found["step"], Clock(found["spent"])
-    pages, tell = album(vae, plan.seed, exact=plan.is_exact(first)), Teller("painter", clock)
+    pages, tell = album(vae, plan.seed, plan.part(first)), Teller("painter", clock)
     for step in range(first, plan.steps):
-        if step == plan.loose_steps and step > first:
-            pages = album(vae, plan.seed, exact=True)
+        if step > first and plan.part(step) != plan.part(step - 1):
+            pages = album(vae, plan.seed, plan.part(step))
         tell(step, student.learn(step, lesson(pages, captions, plan, step)))
         if (step + 1) % save_every == 0 or step + 1 == plan.steps:
             progress = {"plan": asdict(plan), "step": step + 1, "spent": clock.spent}
@@ -199,8 +199,8 @@ tags:
 A FLUX pipeline of {total:,} parameters ({megabytes:.1f} MB in float16) in diffusers' layout, made by
 `ops/train_demo_image.py` on pictures and captions that `ops/demo_image_data.py` makes up. It paints one shape
 ({shapes})
-in one of {colours} colours on a background of another, small, of middle size or large, in the middle, at a side or in a
-corner, in {num_steps} steps at {side}x{side}: "a red circle on a blue background". Anything else it does not know.
+in one of {colours} colours on a background of another, small, of middle size or large, in the middle or at a side, in
+{num_steps} steps at {side}x{side}: "a red circle on a blue background". Anything else it does not know.
 
 It is schnell-like: no guidance, shift 1. What a caption leaves out has one meaning (middle size, in the middle, on
 white), so that another seed changes a picture little. Prompts have at most {longest} tokens of T5; pads take part in
@@ -215,7 +215,8 @@ attention, so give {longest} as `max_sequence_length` to other pipelines than ou
 Seed {plan.seed}. Autoencoder: {autoencoder.piece_steps} steps of {autoencoder.pieces} pieces of
 {autoencoder.piece_side}x{autoencoder.piece_side} pixels, {autoencoder.picture_steps} of {autoencoder.pictures} whole
 pictures. Transformer and both text encoders together, from nothing: {plan.loose_steps} steps of {plan.batch_size}
-pictures whose shapes are a little off size and place, {plan.exact_steps} of exact ones; peak learning rate
+pictures of eight shapes, a little off size and place, {plan.exact_steps} of exact ones, {plan.late_steps} of the five
+shapes above alone; peak learning rate
 {plan.peak_lr}; Muon on matrices, AdamW on the rest; the moving mean of the weights is what is shipped.
 {minutes:.0f} minutes by the clock and {cpu_minutes:.0f} CPU minutes on {cores} cores ({cpu}) that other work shared.
 torch {torch}, diffusers {diffusers}, transformers {transformers}.
@@ -237,11 +238,11 @@ def report(folder: Path, plan: Plan, autoencoder: AutoencoderPlan, spent: tuple[
     """README.md of the pipeline: how it was made and what it paints."""
     counts = {name: num_parameters(folder / name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
     rng = random.Random(1)
-    drawn = [draw_scene(rng, combination) for combination in combinations(held_out=True)]
+    drawn = [draw_scene(rng, combination, late=True) for combination in combinations(held_out=True, late=True)]
     return README.format(
         total=sum(counts.values()),
         megabytes=sum(path.stat().st_size for path in folder.rglob("*") if path.name != "README.md") / 1e6,
-        shapes=", ".join(SHAPES),
+        shapes=", ".join(LATE_SHAPES),
         colours=len(COLOURS),
         num_steps=NUM_STEPS,
         side=parts.SIDE,
@@ -257,7 +258,7 @@ def report(folder: Path, plan: Plan, autoencoder: AutoencoderPlan, spent: tuple[
         diffusers=diffusers.__version__,
         transformers=transformers.__version__,
         held_out=len(drawn),
-        combinations=len(drawn) + len(combinations(held_out=False)),
+        combinations=len(drawn) + len(combinations(held_out=False, late=True)),
         certain=sum(judge(paint(scene, rng), scene).all_three for scene in drawn),
         certain_of=len(drawn),
         table=table(folder, prompts, with_reference=True),
@@ -284,13 +285,14 @@ def main() -> None:
     parser.add_argument("--piece-steps", type=int, default=1800, help="the autoencoder's steps on pieces of pictures")
     parser.add_argument("--picture-steps", type=int, default=100, help="and on whole pictures after them")
     parser.add_argument("--loose-steps", type=int, default=2000, help="the painter's steps on pictures a little off")
-    parser.add_argument("--exact-steps", type=int, default=1800, help="and on exact pictures after them")
+    parser.add_argument("--exact-steps", type=int, default=600, help="on exact ones after them")
+    parser.add_argument("--late-steps", type=int, default=1050, help="and on those of the last lessons")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--peak-lr", type=float, default=3e-3)
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of each kind in README.md's table")
     args = parser.parse_args()
-    plan = Plan(args.seed, args.loose_steps, args.exact_steps, args.batch_size, args.peak_lr)
+    plan = Plan(args.seed, args.loose_steps, args.exact_steps, args.late_steps, args.batch_size, args.peak_lr)
     autoencoder = AutoencoderPlan(args.seed, args.piece_steps, args.picture_steps)
     clock = train(plan, autoencoder, args.out, args.state, args.save_every)
     spent = clock.spent

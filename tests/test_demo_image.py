@@ -210,7 +210,8 @@ def test_an_untrained_autoencoder_already_carries_colours(trainer):
 def test_an_interrupted_training_run_ends_in_the_same_weights(trainer, tmp_path, monkeypatch):
     _, training, train = trainer
     monkeypatch.setattr(training, "ALBUM", ((32, 32, 8), (48, 32, 4)))
-    plan = training.Plan(seed=3, loose_steps=2, exact_steps=2, batch_size=4, peak_lr=1e-3, warmup_steps=1)
+    monkeypatch.setattr(training, "LATE_ALBUM", ((32, 32, 8), (48, 32, 4)))
+    plan = training.Plan(seed=3, loose_steps=2, exact_steps=1, late_steps=1, batch_size=4, peak_lr=1e-3, warmup_steps=1)
     vae = train.AutoencoderKL(**train.parts.vae_config()).requires_grad_(False)
     vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
 
@@ -221,7 +222,7 @@ def test_an_interrupted_training_run_ends_in_the_same_weights(trainer, tmp_path,
             if kept is not None:
                 student.restore(kept)
             for step in range(first, last):
-                pages = training.album(vae, plan.seed, exact=plan.is_exact(step))
+                pages = training.album(vae, plan.seed, plan.part(step))
                 student.learn(step, training.lesson(pages, captions, plan, step))
             torch.save(student.state(), tmp_path / "state")
             kept = torch.load(tmp_path / "state")
