@@ -1,6 +1,7 @@
 """Pictures that jobs bring: painted at the size that was asked for, and nothing that is in one reaches the worker."""
 
 import io
+import os
 import struct
 import sys
 import threading
@@ -160,6 +161,23 @@ def test_a_decoder_that_takes_too_long_is_ended():
 def test_a_decoder_that_dies_of_its_limits_is_the_fault_of_the_picture():
     with pytest.raises(InvalidRequest, match="1024 MiB"):
         Media((*PYTHON, "import os; os.kill(os.getpid(), 9)")).picture(b"x" * (1 << 20), 16, 16)
+
+
+def test_a_decoder_that_is_told_to_end_is_not_the_fault_of_the_picture_and_another_takes_its_place(tmp_path):
+    # given a service manager that stops every process of a service, the first decoder among them
+    script = (
+        f"import os, signal; p = {str(tmp_path / 'stopped')!r}\n"
+        "if not os.path.exists(p): open(p, 'w').close(); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('painted', end='')"
+    )
+    assert Media((*PYTHON, script)).picture(b"x", 16, 16) == b"painted"
+    with pytest.raises(EngineError, match="on this worker"):
+        Media((*PYTHON, "import os; os.kill(os.getpid(), 15)")).picture(b"x", 16, 16)
+
+
+def test_a_terminals_interrupt_does_not_reach_the_decoder():
+    group = Media((*PYTHON, "import os; print(os.getpgid(0))")).picture(b"x", 16, 16)
+    assert int(group) != os.getpgid(0)
 
 
 def test_a_decoder_that_cannot_run_is_not():
