@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from inferfleet.engine.diffusion import limits as engine_limits
 from inferfleet.engine.diffusion.limits import MAX_SEED, Limits, first_step
 from inferfleet.engine.diffusion.params import ImageParams, LoraChoice
 from inferfleet.engine.errors import InvalidRequest, LoadError
+from inferfleet.tasks.contracts import contract, images
 
 
 def limits(guided: bool = True, **changes) -> Limits:
@@ -134,6 +136,22 @@ def test_the_default_size_is_one_that_the_settings_allow():
     assert limits(default_size=3).default_size == 16
     with pytest.raises(LoadError, match="smallest picture, 16 x 16"):
         limits(max_pixels=255)
+
+
+def test_the_contract_lets_pass_what_the_engine_paints_and_no_more():
+    # The two packages know nothing of each other, so their limits stand in both.
+    pairs = [
+        (images.SIDE_STEP, engine_limits.MULTIPLE),
+        (images.MAX_SIDE, engine_limits.MAX_SIDE),
+        (images.MAX_PICTURES, engine_limits.MAX_PICTURES),
+        (images.MAX_INFERENCE_STEPS, engine_limits.MAX_STEPS),
+        (images.MAX_GUIDANCE, engine_limits.MAX_GUIDANCE),
+        (images.MAX_LORAS, engine_limits.MAX_LORAS),
+        (images.MAX_LORA_SCALE, engine_limits.MAX_LORA_SCALE),
+        (images.DEFAULT_STRENGTH, engine_limits.DEFAULT_STRENGTH),
+        (contract.MAX_SEED - images.MAX_PICTURES, engine_limits.MAX_SEED),
+    ]
+    assert [ours for ours, _ in pairs] == [theirs for _, theirs in pairs]
 
 
 def test_limits_and_turns_need_no_torch():
