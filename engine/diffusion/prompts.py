@@ -99,10 +99,6 @@ class PromptEmbedder:
         """T5's tokens of a prompt, the end included. InvalidRequest for text that is no Unicode."""
         return len(self._ids(prompt))
 
-    def is_cached(self, prompt: str, max_sequence_length: int) -> bool:
-        """Whether `embed` has nothing to compute."""
-        return (prompt, max_sequence_length) in self._cache
-
     def embed(self, prompt: str, max_sequence_length: int) -> Embeddings:
         """Computed, or found in the cache.
 
