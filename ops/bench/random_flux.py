@@ -101,9 +101,6 @@ class RandomPrompts:
     def count(self, prompt: str) -> int:
         return len(prompt.split()) + 1
 
-    def is_cached(self, prompt: str, max_sequence_length: int) -> bool:
-        return (prompt, max_sequence_length) in self.known
-
     def embed(self, prompt: str, max_sequence_length: int) -> Embeddings:
         key = (prompt, max_sequence_length)
         if key not in self.known:
