@@ -114,8 +114,8 @@ class ModelConfig:
 
 def read_config(folder: Path) -> ModelConfig:
     """Reads a model folder's configuration files; raises a ModelError that names the file and the field."""
-    raw = _read_json(folder / "config.json")
-    generation = _read_json(folder / "generation_config.json", optional=True)
+    raw = read_json(folder, "config.json")
+    generation = read_json(folder, "generation_config.json", optional=True)
     fields = Fields(raw)
     refuse_foreign(fields)
     text = text_section(raw)
@@ -193,13 +193,15 @@ def _dtype_name(*sources: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+def read_json(folder: Path, name: str, *, optional: bool = False) -> dict[str, Any]:
+    """The object in a configuration file. Raises ModelUnavailable or BadModelConfig, naming it."""
+    path = folder / name
     if optional and not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelUnavailable(f"there is no {path.name} in {path.parent}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelUnavailable(f"there is no {name} in {folder}") from None
     except (OSError, ValueError) as error:
         raise BadModelConfig(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from inferfleet.engine.admission import Admission
@@ -34,11 +34,12 @@ from inferfleet.engine.sizing import (
     sizes_within,
 )
 from inferfleet.engine.smoke import smoke
+from inferfleet.engine.spec_checks import check_counts, check_quantization, refuse_unknown
 from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
 from inferfleet.engine.weights import find_folder
 from inferfleet.kernels import threads
-from inferfleet.kernels.quantized import KINDS, Kind
+from inferfleet.kernels.quantized import Kind
 
 log = logging.getLogger(__name__)
 
@@ -75,18 +76,11 @@ class EngineSpec:
     matformer_slice_name: str | None = None
 
     def __post_init__(self) -> None:
-        counts = "max_model_len block_size kv_cache_tokens max_num_seqs max_num_batched_tokens state_snapshots threads"
-        counts += " tensor_parallel_size"
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise LoadError(f"{name} must be a whole number of at least 1, not {value!r}", param=name)
+        counts = ("block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size")
+        check_counts(self, counts, optional=("max_model_len", "kv_cache_tokens", "state_snapshots", "threads"))
         if self.matformer_slice_name is not None and self.matformer_config_path is None:
             raise LoadError("matformer_slice_name needs matformer_config_path", param="matformer_slice_name")
-        if self.quantization not in (None, *KINDS):
-            raise LoadError(
-                f"quantization must be one of {', '.join(KINDS)}, not {self.quantization!r}", param="quantization"
-            )
+        check_quantization(self.quantization)
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -96,9 +90,7 @@ class EngineSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineSpec:
         """LoadError for an unknown field."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise LoadError(f"{unknown[0]} is not a setting of an engine", param=unknown[0])
+        refuse_unknown(cls, values, "an engine")
         return cls(**values)
 
 

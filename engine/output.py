@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from inferfleet.engine.errors import EngineError
+from inferfleet.engine.news import News
 from inferfleet.engine.request import Request
 
 
@@ -58,30 +58,12 @@ class Usage:
 
 
 @dataclass(slots=True)
-class StepOutput:
-    """One step's news; `finished` and `errors` name each id once, and never both."""
+class StepOutput(News[Delta, Usage]):
+    """News of texts."""
 
-    deltas: list[Delta] = field(default_factory=list)
-    finished: list[tuple[str, Usage]] = field(default_factory=list)
-    errors: list[tuple[str, EngineError]] = field(default_factory=list)
     #: Tokens that the step computed.
     batch_tokens: int = 0
 
-    def __bool__(self) -> bool:
-        """True if there is something to tell."""
-        return bool(self.deltas or self.finished or self.errors)
-
     @property
     def figures(self) -> dict[str, int]:
-        """How much the step computed."""
         return {"batch_tokens": self.batch_tokens}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "deltas": [delta.to_dict() for delta in self.deltas],
-            "finished": [{"id": id, "usage": usage.to_dict()} for id, usage in self.finished],
-            "errors": [
-                {"id": id, "code": error.code, "message": error.message, "param": error.param}
-                for id, error in self.errors
-            ],
-        }

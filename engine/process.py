@@ -23,8 +23,9 @@ from typing import Any
 
 from inferfleet.engine.errors import EngineError, GroupBroken
 from inferfleet.engine.json_log import start_logging
+from inferfleet.engine.news import News
 from inferfleet.engine.progress import Progress
-from inferfleet.engine.services import News, Service, load_service
+from inferfleet.engine.services import Service, load_service
 from inferfleet.kernels import build, threads
 
 #: While it computes, the child says so at least this often, so that a stalled engine is told from a slow one.
@@ -43,7 +44,7 @@ class Child:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._last_sent = 0.0
-        self._service: Service | None = None
+        self._service: Service[Any] | None = None
 
     def run(self) -> None:
         """Load, then serve until the parent closes. Raises what loading raised, after telling it."""
@@ -59,9 +60,9 @@ class Child:
                 self._handle(service, self._receive())
             self._step(service)
 
-    def _has_mail(self, service: Service) -> bool:
+    def _has_mail(self, service: Service[Any]) -> bool:
         """Whether the parent said something; waits for it if there is no work. GroupBroken for a rank that is gone."""
-        others, seconds = service.connections, 0 if service.has_work else None
+        others, seconds = service.connections, 0 if service.engine.has_work else None
         if not others:
             return self.connection.poll(seconds)
         heard = wait([self.connection, *others], seconds)
@@ -69,7 +70,7 @@ class Child:
             service.check()
         return self.connection in heard
 
-    def _load(self, message: Mapping[str, Any]) -> Service:
+    def _load(self, message: Mapping[str, Any]) -> Service[Any]:
         try:
             service = load_service(message["spec"], Progress(self._tell_progress), self._alive)
         except GroupBroken:
@@ -88,18 +89,18 @@ class Child:
     def _tell_progress(self, phase: str, done: int, total: int) -> None:
         self._send({"op": "loading", "phase": phase, "done": done, "total": total})
 
-    def _handle(self, service: Service, message: Mapping[str, Any]) -> None:
+    def _handle(self, service: Service[Any], message: Mapping[str, Any]) -> None:
         operation = message.get("op")
         if operation == "add":
             self._add(service, message)
         elif operation == "cancel":
-            service.cancel(message["id"])
+            service.engine.cancel(message["id"])
         elif operation == "stop":
             raise Closed
         else:
             log.error("unknown operation", extra={"fields": {"op": str(operation)}})
 
-    def _add(self, service: Service, message: Mapping[str, Any]) -> None:
+    def _add(self, service: Service[Any], message: Mapping[str, Any]) -> None:
         try:
             service.add(message)
             return
@@ -110,9 +111,9 @@ class Child:
             refusal = EngineError(f"the request could not be taken: {type(error).__name__}")
         self._send_step(service, service.news((message["id"], refusal)))
 
-    def _step(self, service: Service) -> None:
-        news = service.step()
-        if news or (service.has_work and self._is_silent):
+    def _step(self, service: Service[Any]) -> None:
+        news = service.engine.step()
+        if news or (service.engine.has_work and self._is_silent):
             self._send_step(service, news)
 
     def _alive(self) -> None:
@@ -126,9 +127,9 @@ class Child:
     def _is_silent(self) -> bool:
         return time.monotonic() - self._last_sent >= SIGN_OF_LIFE_SECONDS
 
-    def _send_step(self, service: Service, news: News) -> None:
-        stats = service.stats() | news.figures
-        self._send({"op": "step", "step": service.num_steps, **news.to_dict(), "stats": stats})
+    def _send_step(self, service: Service[Any], news: News[Any, Any]) -> None:
+        stats = service.engine.stats() | news.figures
+        self._send({"op": "step", "step": service.engine.num_steps, **news.to_dict(), "stats": stats})
 
     def _receive(self) -> dict[str, Any]:
         try:

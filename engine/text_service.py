@@ -7,41 +7,34 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from inferfleet.engine.admission import Published
+from inferfleet.engine.engine import Engine
 from inferfleet.engine.errors import EngineError, InvalidRequest
 from inferfleet.engine.loader import EngineSpec, Loaded, load_engine
 from inferfleet.engine.output import StepOutput
 from inferfleet.engine.progress import Progress
 from inferfleet.engine.sampling_params import SamplingParams
+from inferfleet.engine.services import Service
 from inferfleet.engine.text.chat import ChatTemplateError
 
 
-class TextService:
-    """See services.Service."""
+class TextService(Service[Engine]):
+    """A language model, perhaps split over several processes."""
 
     def __init__(self, loaded: Loaded) -> None:
-        self._loaded, self._engine = loaded, loaded.engine
-        self.card: dict[str, Any] = {"kind": "text", **loaded.card}
+        super().__init__(loaded.engine, {"kind": "text", **loaded.card})
+        self._prompts, self._followers = loaded.prompts, loaded.followers
 
     @classmethod
     def load(cls, spec: EngineSpec, progress: Progress) -> TextService:
         return cls(load_engine(spec, progress))
 
     @property
-    def has_work(self) -> bool:
-        return self._engine.has_work
-
-    @property
-    def num_steps(self) -> int:
-        return self._engine.num_steps
-
-    @property
     def connections(self) -> Sequence[Connection]:
-        followers = self._loaded.followers
-        return () if followers is None else followers.connections
+        return () if self._followers is None else self._followers.connections
 
     def check(self) -> None:
-        if self._loaded.followers is not None:
-            self._loaded.followers.check()
+        if self._followers is not None:
+            self._followers.check()
 
     def add(self, message: Mapping[str, Any]) -> None:
         """Turn the messages of an add into a prompt and give it to the engine. EngineError with the field at fault."""
@@ -52,11 +45,11 @@ class TextService:
             raise InvalidRequest(str(error), param=str(error).partition(" ")[0]) from error
         try:
             kwargs = message.get("chat_template_kwargs") or {}
-            prompt = self._loaded.prompts.encode_chat(message["messages"], **kwargs)
+            prompt = self._prompts.encode_chat(message["messages"], **kwargs)
         except ChatTemplateError as error:
             raise InvalidRequest(str(error), param="messages") from error
         resume = message.get("resume") or {}
-        self._engine.add(
+        self.engine.add(
             message["id"],
             prompt,
             sampling,
@@ -66,14 +59,5 @@ class TextService:
             published={int(i): Published(tuple(told["token_ids"]), told["text"]) for i, told in resume.items()},
         )
 
-    def cancel(self, request_id: str) -> bool:
-        return self._engine.cancel(request_id)
-
-    def step(self) -> StepOutput:
-        return self._engine.step()
-
     def news(self, *errors: tuple[str, EngineError]) -> StepOutput:
         return StepOutput(errors=list(errors))
-
-    def stats(self) -> dict[str, Any]:
-        return self._engine.stats()

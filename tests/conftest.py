@@ -1,18 +1,26 @@
 """A real Redis server for the tests: one a session, on a free loopback port, in its own folder, emptied each time."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
 from chaosproxy import ChaosProxy
 
 from inferfleet.tasks.ledger import Ledger
+
+if TYPE_CHECKING:
+    import httpx2
+    from live_api import LiveApi
+    from shell import Ran
 
 
 def redis_binary() -> str | None:
@@ -126,3 +134,23 @@ def proxy(redis_server: RedisServer) -> Iterator[ChaosProxy]:
     """A way to the server that can lose replies, cut connections and be slow."""
     with ChaosProxy(redis_server.port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def api(shared_api: LiveApi) -> LiveApi:
+    """The module's live API with a worker that has not been asked anything yet."""
+    shared_api.worker.renew()
+    return shared_api
+
+
+@pytest.fixture
+def http(api: LiveApi) -> Iterator[httpx2.Client]:
+    with api.http() as http:
+        yield http
+
+
+@pytest.fixture
+def run(api: LiveApi, monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
+    from shell import shell  # only here: it brings the whole command line
+
+    return shell(api, monkeypatch, capsys, tmp_path)

@@ -16,12 +16,6 @@ def shared_api(session_redis) -> Iterator[LiveApi]:
         yield api
 
 
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
 def say(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 

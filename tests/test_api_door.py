@@ -38,18 +38,6 @@ def shared_api(session_redis, folder: Path) -> Iterator[LiveApi]:
         yield api
 
 
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def http(api: LiveApi) -> Iterator[httpx2.Client]:
-    with api.http() as http:
-        yield http
-
-
 def chat(**fields) -> dict:
     return {"model": "paper", "messages": [{"role": "user", "content": "say hi"}], **fields}
 

@@ -41,18 +41,6 @@ def shared_api(session_redis) -> Iterator[LiveApi]:
         yield api
 
 
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def http(api: LiveApi) -> Iterator[httpx2.Client]:
-    with api.http() as http:
-        yield http
-
-
 def asked(**fields: Any) -> dict[str, Any]:
     return {"model": "flux", "prompt": "a red circle", **fields}
 

@@ -19,18 +19,6 @@ def shared_api(session_redis) -> Iterator[LiveApi]:
         yield api
 
 
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def http(api: LiveApi) -> Iterator[httpx2.Client]:
-    with api.http() as http:
-        yield http
-
-
 def job(text: str, **options) -> dict:
     return {"body": {"model": "paper", "messages": [{"role": "user", "content": text}]}, **options}
 

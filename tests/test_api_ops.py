@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Iterator
 
-import httpx2
 import openai
 import pytest
 from conftest import RedisServer
@@ -22,18 +21,6 @@ BODY = {"model": "paper", "messages": [{"role": "user", "content": "say hi"}]}
 def shared_api(session_redis) -> Iterator[LiveApi]:
     with running_api(session_redis.url) as api:
         yield api
-
-
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def http(api: LiveApi) -> Iterator[httpx2.Client]:
-    with api.http() as http:
-        yield http
 
 
 def test_health_and_readiness_are_told(http):

@@ -22,7 +22,7 @@ from live_api import LiveApi, running_api
 from parity.checkpoints.writing import write
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
-from shell import Ran, shell
+from shell import Ran
 
 from inferfleet.tasks.client import Client
 from inferfleet.tasks.errors import LedgerUnavailable
@@ -48,17 +48,6 @@ class Quiet:
 def shared_api(session_redis) -> Iterator[LiveApi]:
     with running_api(session_redis.url) as api:
         yield api
-
-
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def run(api: LiveApi, monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
-    return shell(api, monkeypatch, capsys, tmp_path)
 
 
 def make_job(api: LiveApi, text: str, **headers: str) -> str:

@@ -9,7 +9,8 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -30,17 +31,6 @@ COMMAND = [sys.executable, "-m", "inferfleet.workers.cli", "image"]
 def shared_api(session_redis) -> Iterator[LiveApi]:
     with running_api(session_redis.url, served=("paper", "flux")) as api:
         yield api
-
-
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def run(api: LiveApi, monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
-    return shell(api, monkeypatch, capsys, tmp_path)
 
 
 def opened(path: str | Path) -> Image.Image:
@@ -245,7 +235,11 @@ def test_a_job_without_pictures_or_without_an_end_has_nothing_to_save(run, api):
 
 
 def test_ctrl_c_cancels_the_job(run, api, tmp_path):
-    process = subprocess.Popen([*COMMAND, "hold on", "-o", "out.png"], stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests may have told them to ignore Ctrl-C; a terminal does not.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [*COMMAND, "hold on", "-o", "out.png"], stderr=subprocess.PIPE, text=True, preexec_fn=default
+    )
     until(lambda: any(job.state == "in_progress" for job in api.worker.ledger.list("default", model="flux").jobs))
     until(lambda: process.poll() is None and progressed(api))
     process.send_signal(signal.SIGINT)

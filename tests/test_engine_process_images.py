@@ -189,16 +189,19 @@ def test_a_step_that_takes_long_gives_signs_of_life():
     # Given a process whose service is in the middle of a step,
     sent = []
 
-    class Service:
+    class Engine:
         num_steps = 7
+
+        def stats(self):
+            return {"running": 1}
+
+    class Service:
+        engine = Engine()
 
         def news(self):
             from inferfleet.engine.diffusion.output import ImageStepOutput
 
             return ImageStepOutput()
-
-        def stats(self):
-            return {"running": 1}
 
     process = Process(None)
     process._send = lambda message: sent.append(message)

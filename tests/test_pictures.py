@@ -44,12 +44,6 @@ def api(session_redis, fleet) -> Iterator[LiveApi]:
         yield api
 
 
-@pytest.fixture
-def http(api: LiveApi) -> Iterator[httpx2.Client]:
-    with api.http() as http:
-        yield http
-
-
 def pixels(data: bytes) -> bytes:
     with Image.open(io.BytesIO(data)) as picture:
         return picture.convert("RGB").tobytes()

@@ -7,16 +7,15 @@ are read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from inferfleet.engine.config import Fields
+from inferfleet.engine.config import Fields, read_json
 from inferfleet.engine.hub import PIPELINE_INDEX as MODEL_INDEX
-from inferfleet.engine.model_errors import BadModelConfig, ModelUnavailable, UnsupportedModel
+from inferfleet.engine.model_errors import BadModelConfig, UnsupportedModel
 from inferfleet.engine.weights import Checkpoint
 
 PIPELINE = "FluxPipeline"
@@ -90,17 +89,17 @@ class Components:
 
 def read_components(folder: Path) -> Components:
     """Raises a ModelError that names the file and the field."""
-    index = Fields(_read(folder, MODEL_INDEX), MODEL_INDEX)
+    index = Fields(read_json(folder, MODEL_INDEX), MODEL_INDEX)
     _check_pipeline(index)
     for name in CLASSES:
         _check_component(index, name)
     found = Components(
         folder,
-        transformer=_read(folder, "transformer/config.json"),
-        vae=_read(folder, "vae/config.json"),
-        text_encoder=_read(folder, "text_encoder/config.json"),
-        text_encoder_2=_read(folder, "text_encoder_2/config.json"),
-        scheduler=_read(folder, "scheduler/scheduler_config.json"),
+        transformer=read_json(folder, "transformer/config.json"),
+        vae=read_json(folder, "vae/config.json"),
+        text_encoder=read_json(folder, "text_encoder/config.json"),
+        text_encoder_2=read_json(folder, "text_encoder_2/config.json"),
+        scheduler=read_json(folder, "scheduler/scheduler_config.json"),
     )
     _check_vae(Fields(found.vae, "vae/config.json"))
     _check_transformer(found)
@@ -177,16 +176,3 @@ def _check_transformer(found: Components) -> None:
     ):
         if (size := fields.integer(name, default)) != wanted:
             raise BadModelConfig(f"{fields.where}: {name} is {size}, but {whose} is {wanted}")
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelUnavailable(f"there is no {name} in {folder}") from None
-    except (OSError, ValueError) as error:
-        raise BadModelConfig(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadModelConfig(f"{path} must hold a JSON object")
-    return value

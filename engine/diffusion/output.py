@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from inferfleet.engine.errors import EngineError
+from inferfleet.engine.news import News
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,30 +79,12 @@ class ImageUsage:
 
 
 @dataclass(slots=True)
-class ImageStepOutput:
-    """One step's news; `finished` and `errors` name each id once, and never both."""
+class ImageStepOutput(News[Progress | Preview | Picture, ImageUsage]):
+    """News of pictures."""
 
-    deltas: list[Progress | Preview | Picture] = field(default_factory=list)
-    finished: list[tuple[str, ImageUsage]] = field(default_factory=list)
-    errors: list[tuple[str, EngineError]] = field(default_factory=list)
     #: Pictures that the step moved on.
     batch_size: int = 0
 
-    def __bool__(self) -> bool:
-        """True if there is something to tell."""
-        return bool(self.deltas or self.finished or self.errors)
-
     @property
     def figures(self) -> dict[str, int]:
-        """How much the step computed."""
         return {"batch_size": self.batch_size}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "deltas": [delta.to_dict() for delta in self.deltas],
-            "finished": [{"id": id, "usage": usage.to_dict()} for id, usage in self.finished],
-            "errors": [
-                {"id": id, "code": error.code, "message": error.message, "param": error.param}
-                for id, error in self.errors
-            ],
-        }

@@ -4,67 +4,40 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from multiprocessing.connection import Connection
 from typing import Any
 
-from inferfleet.engine.diffusion.loader import LoadedImages, load_images
+from inferfleet.engine.diffusion.engine import DiffusionEngine
+from inferfleet.engine.diffusion.loader import load_images
 from inferfleet.engine.diffusion.output import ImageStepOutput
 from inferfleet.engine.diffusion.params import ImageParams, LoraChoice
 from inferfleet.engine.diffusion.pulse import listen
 from inferfleet.engine.diffusion.spec import DiffusionSpec
 from inferfleet.engine.errors import EngineError, InvalidRequest
 from inferfleet.engine.progress import Progress
+from inferfleet.engine.services import Service
 
 FIELDS = frozenset(field.name for field in fields(ImageParams))
 
 
-class ImageService:
-    """See services.Service."""
-
-    def __init__(self, loaded: LoadedImages) -> None:
-        self._engine, self.card = loaded.engine, loaded.card
+class ImageService(Service[DiffusionEngine]):
+    """An image model; it lives in this process alone."""
 
     @classmethod
     def load(cls, spec: DiffusionSpec, progress: Progress, alive: Callable[[], None]) -> ImageService:
         loaded = load_images(spec, progress)
         listen(loaded.engine.pipeline, alive)
-        return cls(loaded)
-
-    @property
-    def has_work(self) -> bool:
-        return self._engine.has_work
-
-    @property
-    def num_steps(self) -> int:
-        return self._engine.num_steps
-
-    @property
-    def connections(self) -> Sequence[Connection]:
-        return ()
-
-    def check(self) -> None:
-        """An image model lives in this process alone."""
+        return cls(loaded.engine, loaded.card)
 
     def add(self, message: Mapping[str, Any]) -> None:
-        """EngineError with the field at fault."""
         image = message.get("image")
         if not isinstance(image, Mapping):
             raise InvalidRequest("this is an image model: it paints and does not chat", param="messages")
-        self._engine.add(message["id"], params_of(image), priority=message.get("priority", 0))
-
-    def cancel(self, request_id: str) -> bool:
-        return self._engine.cancel(request_id)
-
-    def step(self) -> ImageStepOutput:
-        return self._engine.step()
+        self.engine.add(message["id"], params_of(image), priority=message.get("priority", 0))
 
     def news(self, *errors: tuple[str, EngineError]) -> ImageStepOutput:
         return ImageStepOutput(errors=list(errors))
-
-    def stats(self) -> dict[str, Any]:
-        return self._engine.stats()
 
 
 def params_of(image: Mapping[str, Any]) -> ImageParams:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from inferfleet.engine.errors import LoadError
-from inferfleet.kernels.quantized import KINDS, Kind
+from inferfleet.engine.spec_checks import check_counts, check_quantization, refuse_unknown
+from inferfleet.kernels.quantized import Kind
 
 #: "auto" is the checkpoint's own, but never float16, which FLUX's larger numbers leave.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,16 +49,9 @@ class DiffusionSpec:
     allow_low_psnr: bool = False
 
     def __post_init__(self) -> None:
-        least = {"threads": 1, "max_batch_size": 1, "max_pixels": 1, "vae_tiling_pixels": 1, "prompt_cache_bytes": 0}
-        for name, limit in least.items():
-            value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= limit
-            if not is_count and not (name == "threads" and value is None):
-                raise LoadError(f"{name} must be a whole number of at least {limit}, not {value!r}", param=name)
-        if self.quantization not in (None, *KINDS):
-            raise LoadError(
-                f"quantization must be one of {', '.join(KINDS)}, not {self.quantization!r}", param="quantization"
-            )
+        check_counts(self, ("max_batch_size", "max_pixels", "vae_tiling_pixels"), optional=("threads",))
+        check_counts(self, ("prompt_cache_bytes",), least=0)
+        check_quantization(self.quantization)
         if (
             isinstance(self.min_psnr, bool)
             or not isinstance(self.min_psnr, int | float)
@@ -80,7 +74,5 @@ class DiffusionSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionSpec:
         """LoadError for an unknown field."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise LoadError(f"{unknown[0]} is not a setting of an image model", param=unknown[0])
+        refuse_unknown(cls, values, "an image model")
         return cls(**values)
