@@ -34,6 +34,7 @@
         ├── ExecutionTimeout             504 execution_timeout
         ├── JobCancelled                 409 cancelled
         ├── WorkerLost                   500 worker_lost
+        ├── LoadFailed                   503 load_failed
         ├── EngineError                  500 engine_error
         ├── OutOfMemory                  500 out_of_memory
         ├── NumericalError               500 nan_logits
@@ -280,6 +281,13 @@ class WorkerLost(JobFailed):
     """Every worker that took this job was lost while running it."""
 
     code = "worker_lost"
+
+
+class LoadFailed(JobFailed):
+    """The model cannot be loaded as the worker's settings have it."""
+
+    code = "load_failed"
+    status = 503
 
 
 class EngineError(JobFailed):

@@ -126,7 +126,7 @@ class FakeEngine:
             time.sleep(float(options.get("pause", 0.01)))
         time.sleep(float(options.get("load", 0)))
         if "refuse" in options:
-            self.send(op="failed", code="engine_error", message="the scripted model refuses")
+            self.send(op="failed", code="load_failed", message="the scripted model refuses")
             return False
         if "die" in options:
             os._exit(7)

@@ -189,7 +189,7 @@ def test_a_model_that_refuses_to_load_fails_its_jobs_with_a_typed_error(fleet):
 
     record = fleet.wait(fleet.submit("tokens=1", model="broken"))
 
-    assert record.state == "failed" and record.error["code"] == "engine_error"
+    assert record.state == "failed" and record.error["code"] == "load_failed"
     assert record.error["message"] == "the model broken cannot be loaded: the scripted model refuses"
     card = fleet.ledger.cards()["broken"]
     assert card["state"] == "failed" and card["error"] == record.error | {"message": "the scripted model refuses"}
