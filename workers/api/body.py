@@ -60,7 +60,7 @@ async def parts_of(request: Request, limit: int) -> AsyncIterator[bytes]:
 
 
 def _too_large(limit: int) -> str:
-    return f"the request body is larger than the limit of {limit} bytes (max_body_bytes)"
+    return f"the request body is larger than the limit of {limit} bytes (max_body_bytes; of an edit max_edit_bytes)"
 
 
 async def _linger(request: Request, limit: int) -> None:
