@@ -442,6 +442,7 @@ def test_the_document_describes_the_form_the_answer_and_the_file(http):
     assert form["properties"]["strength"]
     assert "application/json" in edits
     assert "image/webp" in document["paths"]["/v1/outputs/{output_id}"]["get"]["responses"]["200"]["content"]
+    http.get("/v1/outputs/out_0")
     assert 'route="/v1/outputs/{output_id}"' in http.get("/metrics").text
 
 
