@@ -49,11 +49,11 @@ def pass_time(ledger, seconds=10 * 86400, also=()):
     prefix, redis = ledger.prefix, ledger.redis
     for key in [prefix + "outbox", *redis.keys(prefix + "queue:*"), *redis.keys(prefix + "sending:*"), *also]:
         for member, score in redis.zrange(key, 0, -1, withscores=True):
-            redis.zadd(key, {member: score - 1000 * seconds})
+            redis.zadd(key, {member: round(score - 1000 * seconds)})
     for key in redis.keys(prefix + "receiver:*"):
         for field in ("open_until_ms", "failing_since_ms"):
             if value := redis.hget(key, field):
-                redis.hset(key, field, int(value) - 1000 * seconds)
+                redis.hset(key, field, round(int(value) - 1000 * seconds))
     for key in (*redis.keys(prefix + "endpoint:*"), *redis.keys(prefix + "hook_secret:*")):
         if value := redis.hget(key, "old_until_ms"):
-            redis.hset(key, "old_until_ms", int(value) - 1000 * seconds)
+            redis.hset(key, "old_until_ms", round(int(value) - 1000 * seconds))
