@@ -107,10 +107,14 @@ class Receiver:
         self.port = self._listener.getsockname()[1]
 
     def __enter__(self):
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc):
+        # Closing alone wakes no accept(), and one that a signal restarts would accept for whoever got the number since.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._listener.close()
 
     @property
