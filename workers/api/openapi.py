@@ -215,7 +215,7 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
 )  # fmt: skip
 _IMAGE_ANSWERS = answers(
     {"200": answer("the pictures, as urls or in base64", ImagesAnswer), "202": _ACCEPTED},
-    *_BODY_ERRORS, 404, 409, 429, 504,
+    *BODY_ERRORS, 404, 409, 429, 504,
 )  # fmt: skip
 IMAGES = body(ImageGenerationRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
 EDITS = body(ImageEditRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
