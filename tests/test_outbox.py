@@ -190,6 +190,19 @@ def test_a_job_that_is_retried_tells_of_its_second_end_too(ledger):
     assert len({delivery.event for delivery in deliveries(ledger)}) == 2
 
 
+def test_the_end_of_an_image_job_brings_what_its_pictures_are(ledger):
+    made = [
+        {"id": f"out_{'0' * 32}_1_{i}", "content_type": "image/png", "size_bytes": 10**7, "hash": f"sha256:{'a' * 64}",
+         "index": i, "seed": 2**62 + i, "width": 4096, "height": 1024}
+        for i in range(10)
+    ]  # fmt: skip
+    submit(ledger, webhook=URL, custom_id="\x01" * 512)
+    ledger.complete("job_1", claim(ledger).fence, state="completed", response=b"{}", outputs=made)
+    taken = take(ledger)
+    assert body(taken)["data"]["outputs"] == made
+    assert len(taken.body) < 8192
+
+
 def test_an_event_stays_below_eight_kilobytes(ledger):
     submit(ledger, webhook=URL, custom_id="\x01" * 512)
     error = {"message": "m" * 1800, "type": "t", "param": None, "code": "c"}
