@@ -70,10 +70,10 @@ class Call(Generic[T]):
 
 @functools.cache
 def script_text(name: str) -> str:
-    """The whole Lua text of a script: the errors as JSON, the shared records.lua, the script itself."""
+    """The whole Lua text of a script: the errors as JSON, the shared records.lua and outbox.lua, the script itself."""
     codes = ("deadline_exceeded", "start_timeout", "worker_lost", "cancelled")
     errors = ", ".join(f"{code} = [==[{json.dumps(BY_CODE[code]().to_dict())}]==]" for code in codes)
-    parts = [(SCRIPTS / f"{part}.lua").read_text() for part in ("records", name)]
+    parts = [(SCRIPTS / f"{part}.lua").read_text() for part in ("records", "outbox", name)]
     return f"local ERRORS = {{{errors}}}\n" + "\n".join(parts)
 
 
@@ -121,8 +121,13 @@ def submit(
     custom_id: str | None = None,
     endpoint: str = names.CHAT_URL,
     metadata: Mapping[str, str] | None = None,
+    webhook: str | None = None,
+    webhook_words: Sequence[str] = names.WEBHOOK_ENDS,
 ) -> Call[Submitted]:
-    """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay."""
+    """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay.
+
+    webhook: a URL or the id of an endpoint, which is told of webhook_words (names.WEBHOOK_WORDS).
+    """
     if not -100 <= priority <= 100:
         raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
     if idempotency_key is not None:
@@ -133,14 +138,17 @@ def submit(
         verdict = text(answer[0])
         if verdict == "reuse":
             raise IdempotencyKeyReuse()
+        if verdict == "no_endpoint":
+            raise InvalidRequest(f"there is no webhook endpoint {webhook}", param="webhook")
         if verdict == "full":
             wait = retry_after(answer[1], integer(answer[2]))
             raise QueueFull(f"{answer[1]} jobs wait for {model}, the limit is {max_queued}", retry_after=wait)
         return Submitted(text(answer[1]), replayed=verdict == "replay", queued=verdict == "new")
 
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
-    more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None))
-    return Call("submit", fields + more, parse)
+    more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None), opt(webhook))
+    words = " ".join(webhook_words) if webhook else ""
+    return Call("submit", (*fields, *more, words), parse)
 
 
 def check_idempotency_key(key: str, param: str = "idempotency_key") -> None:

@@ -106,6 +106,8 @@ def _submit(
         custom_id=job.custom_id,
         endpoint=job.url,
         metadata=job.labels,
+        webhook=job.callback,
+        webhook_words=job.callback_words,
     )
     if submitted.queued:
         yield Ring(model)

@@ -1,4 +1,4 @@
-"""Rings for jobs: puts turns on a model's Celery queue. Loads Celery at the first ring, not before.
+"""Rings for jobs and webhooks: puts turns on a Celery queue. Loads Celery at the first ring, not before.
 
 A turn only says "somebody, carry one job of this model". A lost ring costs a second, until the sweeper rings again; a
 doubled one costs nothing. So a ring that fails is reported and never raised.
@@ -45,20 +45,26 @@ class Doorbell:
     def ring(self, model: str, times: int = 1) -> bool:
         """Ask that somebody carry `times` jobs of a model, unless MAX_RUNG turns wait. False when the broker could not
         be told."""
+        return self._send(names.TURN_TASK, [model], names.turn_queue(model, self._namespace), times)
+
+    def ring_webhooks(self, times: int = 1) -> bool:
+        """Ask that somebody send the webhooks that are due. False when the broker could not be told."""
+        return self._send(names.DELIVER_TASK, [], names.deliver_queue(self._namespace), times)
+
+    def _send(self, task: str, args: list[str], queue: str, times: int) -> bool:
         with self._lock:  # two first rings would make two apps
             app = self._app
         from kombu.exceptions import OperationalError
         from redis.exceptions import RedisError
 
-        queue = names.turn_queue(model, self._namespace)
         try:
             with app.producer_pool.acquire(block=True) as producer:
                 # The broker is Redis, where kombu keeps a queue in a list of its name.
                 room = MAX_RUNG - producer.channel.client.llen(queue)
                 for _ in range(min(times, room)):
                     app.send_task(
-                        names.TURN_TASK,
-                        args=[model],
+                        task,
+                        args=args,
                         queue=queue,
                         producer=producer,
                         ignore_result=True,

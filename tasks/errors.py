@@ -5,6 +5,7 @@
     │   ├── InvalidJSON                  400 invalid_json
     │   ├── InvalidRequest               422 invalid_request
     │   │   ├── ContextLengthExceeded    422 context_length_exceeded
+    │   │   ├── UrlNotAllowed            422 url_not_allowed
     │   │   └── UnsupportedFeature       422 unsupported_feature
     │   ├── Unauthorized                 401 unauthorized
     │   ├── Forbidden                    403 forbidden
@@ -15,16 +16,22 @@
     ├── NotFound
     │   ├── ModelNotFound                404 model_not_found
     │   ├── JobNotFound                  404 job_not_found
+    │   ├── EndpointNotFound             404 webhook_endpoint_not_found
+    │   ├── DeliveryNotFound             404 webhook_delivery_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
     │   ├── AlreadyTerminal              409 already_terminal
     │   ├── NotTerminal                  409 not_terminal
-    │   └── NotQueued                    409 not_queued
+    │   ├── NotQueued                    409 not_queued
+    │   ├── EndpointDisabled             409 webhook_endpoint_disabled
+    │   └── TooManyEndpoints             409 too_many_webhook_endpoints
     ├── Unavailable                      the same call may succeed later
     │   ├── QueueFull                    429 queue_full
-    │   └── LedgerUnavailable            503 ledger_unavailable
+    │   ├── LedgerUnavailable            503 ledger_unavailable
+    │   └── NoWebhookWorker              503 no_webhook_worker
+    ├── ReceiverFailed                   502 webhook_receiver_failed
     ├── SetupError                       stops a start
     │   ├── RedisMisconfigured           500 redis_misconfigured
     │   └── SettingsError                500 settings_error
@@ -92,6 +99,12 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt and the tokens asked for do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class UrlNotAllowed(InvalidRequest):
+    """This URL may not be used here."""
+
+    code = "url_not_allowed"
 
 
 class UnsupportedFeature(InvalidRequest):
@@ -173,6 +186,18 @@ class OutputDamaged(FleetError):
     code = "output_damaged"
 
 
+class EndpointNotFound(NotFound):
+    """There is no webhook endpoint with this id."""
+
+    code = "webhook_endpoint_not_found"
+
+
+class DeliveryNotFound(NotFound):
+    """There is no webhook delivery with this id."""
+
+    code = "webhook_delivery_not_found"
+
+
 class Conflict(FleetError):
     """The state of the job does not allow this."""
 
@@ -205,6 +230,18 @@ class NotQueued(Conflict):
     code = "not_queued"
 
 
+class EndpointDisabled(Conflict):
+    """The webhook endpoint is disabled; enable it first."""
+
+    code = "webhook_endpoint_disabled"
+
+
+class TooManyEndpoints(Conflict):
+    """The tenant has as many webhook endpoints as it may have."""
+
+    code = "too_many_webhook_endpoints"
+
+
 class Unavailable(FleetError):
     """The fleet cannot do this now."""
 
@@ -223,6 +260,19 @@ class LedgerUnavailable(Unavailable):
     """The ledger (Redis) cannot be reached or refuses to write."""
 
     code = "ledger_unavailable"
+
+
+class NoWebhookWorker(Unavailable):
+    """No worker sent the event in time: `inferfleet webhooks` has to run."""
+
+    code = "no_webhook_worker"
+
+
+class ReceiverFailed(FleetError):
+    """The webhook's receiver could not be reached or gave no answer."""
+
+    code = "webhook_receiver_failed"
+    status = 502
 
 
 class SetupError(FleetError):

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from inferfleet.tasks import calls, roster
+from inferfleet.tasks import calls, roster, webhooks
 from inferfleet.tasks.calls import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 
@@ -171,6 +171,20 @@ class Ledger(Carrier):
     list_keys = verb(roster.list_keys)
     delete_key = verb(roster.delete_key)
 
+    put_endpoint = verb(webhooks.put_endpoint)
+    update_endpoint = verb(webhooks.update_endpoint)
+    rotate_secret = verb(webhooks.rotate_secret)
+    delete_endpoint = verb(webhooks.delete_endpoint)
+    endpoints = verb(webhooks.endpoints)
+    endpoint = verb(webhooks.endpoint)
+    test_endpoint = verb(webhooks.test_endpoint)
+    get_delivery = verb(webhooks.get_delivery)
+    list_deliveries = verb(webhooks.list_deliveries)
+    replay_delivery = verb(webhooks.replay_delivery)
+    take_delivery = verb(webhooks.take_delivery)
+    record_delivery = verb(webhooks.record_delivery)
+    sweep_deliveries = verb(webhooks.sweep_deliveries)
+
 
 class AsyncLedger(Carrier):
     """The ledger for one event loop."""
@@ -242,3 +256,17 @@ class AsyncLedger(Carrier):
     find_key = async_verb(roster.find_key)
     list_keys = async_verb(roster.list_keys)
     delete_key = async_verb(roster.delete_key)
+
+    put_endpoint = async_verb(webhooks.put_endpoint)
+    update_endpoint = async_verb(webhooks.update_endpoint)
+    rotate_secret = async_verb(webhooks.rotate_secret)
+    delete_endpoint = async_verb(webhooks.delete_endpoint)
+    endpoints = async_verb(webhooks.endpoints)
+    endpoint = async_verb(webhooks.endpoint)
+    test_endpoint = async_verb(webhooks.test_endpoint)
+    get_delivery = async_verb(webhooks.get_delivery)
+    list_deliveries = async_verb(webhooks.list_deliveries)
+    replay_delivery = async_verb(webhooks.replay_delivery)
+    take_delivery = async_verb(webhooks.take_delivery)
+    record_delivery = async_verb(webhooks.record_delivery)
+    sweep_deliveries = async_verb(webhooks.sweep_deliveries)

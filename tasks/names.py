@@ -8,10 +8,19 @@ from typing import Literal, get_args
 TURN_TASK = "inferfleet.turn"
 #: An ordinary Celery task that submits a job or a chat body and returns the answer; for chains, groups and chords.
 RUN_TASK = "inferfleet.run"
+#: A Celery message "somebody, send the webhooks that are due"; no args.
+DELIVER_TASK = "inferfleet.deliver"
 
 State = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "expired", "incomplete"]
 STATES: tuple[State, ...] = get_args(State)
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "expired", "incomplete"})
+
+#: What of a job's life a webhook may tell: its ends, and on request what comes before.
+WEBHOOK_WORDS = ("completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output")
+#: What a job's webhook is told unless the job says what else.
+WEBHOOK_ENDS = WEBHOOK_WORDS[:5]
+#: The event types that a webhook endpoint may ask for.
+WEBHOOK_EVENTS = tuple(f"job.{word}" for word in WEBHOOK_WORDS)
 
 DELTA = "response.output_text.delta"
 PROGRESS = "job.progress"
@@ -30,6 +39,11 @@ def turn_queue(model: str, namespace: str = "inferfleet") -> str:
 def run_queue(namespace: str = "inferfleet") -> str:
     """The Celery queue that carries RUN_TASK."""
     return f"{namespace}.run"
+
+
+def deliver_queue(namespace: str = "inferfleet") -> str:
+    """The Celery queue that carries DELIVER_TASK."""
+    return f"{namespace}.deliver"
 
 
 def new_job_id() -> str:

@@ -133,6 +133,16 @@ class Settings(BaseSettings):
     #: An engine that has not loaded its model within this long is ended and started again.
     load_seconds: Seconds = 1800
 
+    #: Webhooks that one `inferfleet webhooks` sends at once.
+    webhook_slots: int = Field(default=16, ge=1, le=1024)
+    #: From the name's resolution to the end of the answer, for one attempt.
+    webhook_timeout_seconds: Annotated[float, Field(ge=0.1, le=60, allow_inf_nan=False)] = 10
+    #: Let webhooks go to http:// URLs and port 80 too: whoever is on the way reads and changes them.
+    webhook_allow_insecure: bool = False
+    #: For development: let webhooks go to this machine, over http and to any port. Else no address is allowed that is
+    #: not public.
+    webhook_allow_loopback: bool = False
+
     api_host: str = "127.0.0.1"
     api_port: Port = 8000
     #: What urls of pictures begin with, where a proxy stands before the API; None = as the request's Host says.

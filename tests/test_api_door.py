@@ -302,9 +302,9 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(api, http):
 
 def test_the_door_of_jobs_is_the_same_door(http):
     bad = http.post("/v1/jobs", json={"body": chat(temperature=3)})
-    unknown = http.post("/v1/jobs", json={"body": chat(), "webhook": "https://example.org"})
+    unknown = http.post("/v1/jobs", json={"body": chat(), "colour": "red"})
     other = http.put(f"/v1/jobs/{names.new_job_id()}", json={"body": chat(model="nobody")})
 
     assert refusal(bad) == (422, "invalid_request", "body.temperature")
-    assert refusal(unknown) == (422, "invalid_request", "webhook")
+    assert refusal(unknown) == (422, "invalid_request", "colour")
     assert refusal(other) == (404, "model_not_found", "model")

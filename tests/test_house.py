@@ -129,6 +129,7 @@ def test_nothing_at_run_time_imports_transformers_or_pickle():
         "inferfleet.workers.cli",
         "inferfleet.workers.host",
         "inferfleet.workers.turns",
+        "inferfleet.workers.webhooks.process",
     ],
 )
 def test_importing_a_producer_or_a_worker_loads_no_torch(module):

@@ -1,6 +1,7 @@
 """The ledger against a small model of it in plain Python: any order of calls gives the answers that the model gives."""
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,7 @@ from inferfleet.tasks.stores import RedisStore
 MODELS = ("m", "n")
 MAX_DEATHS = 2
 LONG = 600_000
+HOOK = "https://receiver.example/hook"
 numbers = itertools.count()
 
 
@@ -38,6 +40,8 @@ class Twin:
     progress: int | None = None
     #: Files of a job that completed.
     files: list[str] = field(default_factory=list)
+    #: Ends so far, those before a retry too.
+    ends: int = 0
 
     @property
     def held(self):
@@ -49,6 +53,7 @@ class Twin:
 
     def end(self, state):
         self.state, self.ended_by = state, self.fence
+        self.ends += 1
 
     def take_back(self, died):
         self.fence += 1
@@ -88,7 +93,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(model=st.sampled_from(MODELS), priority=st.integers(-2, 2), deadline=st.sampled_from([None, None, FAR, PAST]))
     def submit(self, model, priority, deadline):
         job_id = f"job_{999 - len(self.twins)}"  # so that the order of ids is not that of ages
-        options = {"model": model, "tenant": "a", "body_hash": "h", "priority": priority, "deadline_ms": deadline}
+        options = {"model": model, "tenant": "a", "body_hash": "h", "priority": priority, "deadline_ms": deadline,
+                   "webhook": HOOK}  # fmt: skip
         answers = [self.ledger.submit(job_id, b"{}", **options) for _ in range(2)]
         assert [answer.queued for answer in answers] == [True, False]
         self.twins[job_id] = Twin(model, priority, deadline, seq=len(self.twins))
@@ -248,7 +254,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert twin.state == "completed" or twin.state not in TERMINAL
             return
         assert twin.state in TERMINAL - {"completed"}
-        self.twins[job_id] = Twin(twin.model, twin.priority, None, twin.seq, fence=twin.fence + 1)
+        self.twins[job_id] = Twin(twin.model, twin.priority, None, twin.seq, fence=twin.fence + 1, ends=twin.ends)
 
     @precondition(lambda self: self.twins)
     @rule(data=st.data())
@@ -287,6 +293,16 @@ class LedgerMachine(RuleBasedStateMachine):
         there = {key.decode().removeprefix(prefix) for key in redis.scan_iter(prefix + "*")}
         assert there == {key for twin in self.twins.values() for key in twin.files}
         assert all(redis.pttl(prefix + key) == -1 for key in there)
+
+    def every_end_is_in_the_outbox_once(self):
+        deliveries, more = self.ledger.list_deliveries("a", limit=100)
+        assert not more
+        told = Counter(delivery.subject for delivery in deliveries)
+        assert told == Counter({job_id: twin.ends for job_id, twin in self.twins.items() if twin.ends})
+        last = {delivery.subject: delivery.type for delivery in reversed(deliveries)}
+        for job_id, twin in self.twins.items():
+            if twin.state in TERMINAL:
+                assert last[job_id] == f"job.{twin.state}"
 
     @invariant()
     def indexes_agree_with_the_records(self):

@@ -5,11 +5,13 @@ import threading
 
 import pytest
 from chaosproxy import ChaosProxy
+from outbox_moves import URL, deliveries
 
 from inferfleet.tasks import calls
 from inferfleet.tasks.errors import AlreadyTerminal, IdempotencyKeyReuse, LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.names import DELTA, new_job_id
+from inferfleet.tasks.webhooks import Verdict, new_endpoint_id, new_secret
 
 
 @pytest.fixture
@@ -159,6 +161,60 @@ def test_a_reap_whose_reply_was_lost_counts_one_death(shaky, proxy, ledger):
     assert ledger.get("job_1").deaths == 1
 
 
+def test_an_end_whose_reply_was_lost_is_in_the_outbox_once(shaky, proxy, ledger):
+    submit(shaky, webhook=URL)
+    claim = shaky.claim("m", worker="w", token="t")
+    proxy.lose_next_reply()
+    shaky.complete(claim.job_id, claim.fence, state="completed", response=b"{}")
+    assert proxy.lost == 1
+    assert [delivery.type for delivery in deliveries(ledger)] == ["job.completed"]
+
+
+def test_a_delivery_whose_taking_lost_its_reply_is_held_once(shaky, proxy, ledger):
+    for job_id in ("job_1", "job_2"):
+        submit(shaky, job_id, webhook=URL)
+        shaky.cancel(job_id)
+    proxy.lose_next_reply()
+    taken = shaky.take_delivery("t", 60_000)
+    assert proxy.lost == 1
+    assert (taken.fence, taken.attempts) == (1, 0)
+    assert ledger.take_delivery("u", 60_000).id != taken.id
+    assert ledger.take_delivery("v", 60_000) is None
+
+
+@pytest.mark.parametrize("outcome", ["delivered", "again", "failed"])
+def test_an_attempt_whose_record_lost_its_reply_counts_once(shaky, proxy, ledger, outcome):
+    submit(shaky, webhook=URL)
+    shaky.cancel("job_1")
+    taken = shaky.take_delivery("t", 60_000)
+    proxy.lose_next_reply()
+    assert shaky.record_delivery(taken, Verdict(outcome, delay_ms=5000), 60_000).word == "same"
+    assert proxy.lost == 1
+    [delivery] = deliveries(ledger)
+    assert (delivery.attempts, delivery.state) == (1, "pending" if outcome == "again" else outcome)
+
+
+def test_changes_of_endpoints_whose_replies_were_lost_are_made_once(shaky, proxy, ledger):
+    # when an endpoint is made, gets another secret, is tried and deleted, each time through a lost reply
+    endpoint_id = new_endpoint_id()
+    proxy.lose_next_reply()
+    shaky.put_endpoint(endpoint_id, "a", "n", URL, ["job.completed"], new_secret())
+    proxy.lose_next_reply()
+    shaky.rotate_secret(endpoint_id, "a", "whsec_new")
+    proxy.lose_next_reply()
+    tried = shaky.test_endpoint(endpoint_id, "a", "job.completed")
+    assert [delivery.id for delivery in deliveries(ledger)] == [tried]
+    assert len(ledger.take_delivery("t", 60_000).secrets) == 2
+    proxy.lose_next_reply()
+    shaky.replay_delivery(tried, "a")
+    assert len(ledger.endpoints("a")) == 1
+    proxy.lose_next_reply()
+    shaky.delete_endpoint(endpoint_id, "a")
+    # then nothing is left of it, and no call failed
+    assert proxy.lost == 5
+    assert ledger.endpoints("a") == []
+
+
 def test_a_ledger_without_a_server_is_unavailable_and_says_no_address(proxy, ledger):
     # given a server whose replies are always lost
     proxy.faults.lose_chance = 1
@@ -215,7 +271,7 @@ def test_a_whole_life_through_lost_replies_ends_once(shaky, proxy, ledger):
     proxy.faults.lose_chance = 0.2
     # when four workers carry 40 jobs and one caller cancels some of them
     for i in range(40):
-        answered(lambda i=i: submit(shaky, f"job_{i:02}"))
+        answered(lambda i=i: submit(shaky, f"job_{i:02}", webhook=URL))
     for i in range(0, 40, 8):
         answered(lambda i=i: shaky.cancel(f"job_{i:02}"))
     in_threads(4, lambda worker: carry_all(shaky, f"w{worker}"))
@@ -223,6 +279,7 @@ def test_a_whole_life_through_lost_replies_ends_once(shaky, proxy, ledger):
     for i in range(40):
         ends = [event["type"] for event in ledger.events(f"job_{i:02}") if event["type"] not in RUNNING]
         assert ends == ["job.cancelled" if i % 8 == 0 else "job.completed"]
+    assert len(deliveries(ledger)) == 40
     assert proxy.lost > 10
     with pytest.raises(AlreadyTerminal):
         ledger.cancel("job_01")

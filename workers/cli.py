@@ -83,7 +83,7 @@ def up(
     data: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Run everything on this machine: Redis (unless one is set), the API and a worker. Ctrl-C drains and stops it."""
+    """Run everything on this machine: Redis (unless one is set), API, worker, webhooks. Ctrl-C drains and stops it."""
     from inferfleet.workers.cli_report import JsonReport, TextReport
     from inferfleet.workers.embedded import free_port
     from inferfleet.workers.up import Plan, run_up
@@ -125,6 +125,14 @@ def worker(model: Models = None) -> None:
 
     settings = load_settings({"models": named_models(model)})
     raise typer.Exit(run_worker(settings))
+
+
+@app.command()
+def webhooks() -> None:
+    """Send webhooks: what becomes of jobs, to whoever asked to be told. Needs no model and no GPU."""
+    from inferfleet.workers.webhooks.process import run_webhooks
+
+    raise typer.Exit(run_webhooks(load_settings()))
 
 
 def _demo_models() -> dict[str, Path]:

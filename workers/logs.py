@@ -11,12 +11,12 @@ from typing import Any, TextIO, cast
 
 import structlog
 
-#: Chatty libraries: a line for every turn would drown ours.
-QUIET = ("celery.app.trace", "celery.worker.strategy", "kombu", "amqp")
+#: Chatty libraries: a line for every turn would drown ours, and the URL of a webhook may hold a secret.
+QUIET = ("celery.app.trace", "celery.worker.strategy", "kombu", "amqp", "httpcore2")
 
 #: Keys that must never carry their value into a log, whoever writes the line.
 SECRET = frozenset(
-    {"prompt", "messages", "content", "text", "delta", "envelope", "password", "authorization", "api_key"}
+    {"prompt", "messages", "content", "text", "delta", "envelope", "password", "authorization", "api_key", "secret"}
 )
 
 

@@ -117,16 +117,8 @@ class Meter:
             self._reaped.labels(how).inc(number)
 
     def snapshot(self) -> list[list[Any]]:
-        """Every family as `[name, help, type, [[sample, labels, value], ...]]`."""
-        return [
-            [
-                family.name,
-                family.documentation,
-                family.type,
-                [[s.name, s.labels, s.value] for s in family.samples if not s.name.endswith("_created")],
-            ]
-            for family in self.registry.collect()
-        ]
+        """The families as `snapshot_of` writes them."""
+        return snapshot_of(self.registry)
 
     def serve(self, host: str, port: int) -> int:
         """Open a page of this worker alone; returns its port."""
@@ -138,6 +130,19 @@ class Meter:
 
     def _seconds(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"inferfleet_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
+
+
+def snapshot_of(registry: CollectorRegistry) -> list[list[Any]]:
+    """Every family as `[name, help, type, [[sample, labels, value], ...]]`."""
+    return [
+        [
+            family.name,
+            family.documentation,
+            family.type,
+            [[s.name, s.labels, s.value] for s in family.samples if not s.name.endswith("_created")],
+        ]
+        for family in registry.collect()
+    ]
 
 
 def _ms(seconds: float) -> float:

@@ -99,6 +99,8 @@ class Runs:
             custom_id=job.custom_id,
             endpoint=job.url,
             metadata=job.labels,
+            webhook=job.callback,
+            webhook_words=job.callback_words,
         )
 
     def _wait(self, job_id: str) -> dict[str, Any]:

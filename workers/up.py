@@ -2,7 +2,8 @@
 
 up ── redis-server (unless a Redis is given)
    ├─ inferfleet api
-   └─ inferfleet worker
+   ├─ inferfleet worker
+   └─ inferfleet webhooks
 """
 
 import errno
@@ -106,12 +107,13 @@ class Fleet:
     _deaths: deque[float] = field(default_factory=deque)
 
     def start(self) -> None:
-        """Redis first, then API and worker at once, then waits until every model is loaded."""
+        """Redis first, then API, worker and webhooks at once, then waits until every model is loaded."""
         self._start_redis()
         ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
         self._make_first_key(ledger)
         self._start_part("api")
         self._start_part("worker")
+        self._start_part("webhooks")
         api, worker = self.children["api"], self.children["worker"]
         with ApiClient(self.plan.api_url, timeout=SHORT) as client:
             self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
@@ -130,7 +132,7 @@ class Fleet:
                     self._restart(child.name, error)
 
     def end(self) -> None:
-        """Drains: API and worker finish together within the grace, Redis goes last so that both can write."""
+        """Drains: the parts finish together within the grace, Redis goes last so that all can write."""
         for child in self.children.values():
             child.ask_to_stop()
         deadline = time.monotonic() + self.plan.grace
@@ -158,7 +160,7 @@ class Fleet:
         self.report.phase("redis", time.monotonic() - started, str(binary))
 
     def _start_redis_again(self) -> None:
-        """On the port, with the password and the data of before: API and worker know no other, and they wait for it."""
+        """On the port, with the password and the data of before: the others know no other, and they wait for it."""
         assert self.redis is not None
         url = urlsplit(self.redis.url)
         folder = json.dumps(str(self.plan.folder / "redis"), ensure_ascii=False)
@@ -176,7 +178,8 @@ class Fleet:
 
     def _start_part(self, name: str) -> None:
         address = ["--host", self.plan.host, "--port", str(self.plan.port)] if name == "api" else []
-        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *self.plan.flags]
+        flags = () if name == "webhooks" else self.plan.flags  # it serves no model
+        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *flags]
         env = {"INFERFLEET_REDIS_URL": self.redis_url}
         self.children[name] = start_child(name, command, log=self._log(name), env=env)
 

@@ -12,6 +12,7 @@ from inferfleet.tasks.contracts.images import (
     parse_images,
 )
 from inferfleet.tasks.contracts.jobs import Body, JobRequest, body_hash, parse_job
+from inferfleet.tasks.contracts.webhooks import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
 
 __all__ = [
     "MAX_TOKENS",
@@ -19,11 +20,15 @@ __all__ = [
     "Body",
     "ChatCompletionRequest",
     "Contract",
+    "EndpointCreate",
+    "EndpointTest",
+    "EndpointUpdate",
     "ImageEditRequest",
     "ImageGenerationRequest",
     "ImageRequest",
     "JobRequest",
     "Priority",
+    "SecretRotation",
     "UnixSeconds",
     "body_hash",
     "check_card",

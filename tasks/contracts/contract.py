@@ -4,13 +4,16 @@ Every number has a least and a greatest value and every list a length; an unknow
 that exists is a valid one, so the worker and the engine need not ask again.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from inferfleet.tasks import strict_json
+from inferfleet.tasks import names, strict_json
 from inferfleet.tasks.errors import InvalidRequest, UnsupportedFeature
+from inferfleet.tasks.hook_url import MAX_URL_CHARS, BadUrl, parse_url
 
 MAX_MODEL_NAME = 256
 MAX_SEED = 2**63 - 1
@@ -18,6 +21,7 @@ MAX_METADATA = 16
 #: Year 2100, so that a deadline in milliseconds by mistake is refused.
 MAX_UNIX_SECONDS = 4_102_444_800
 MAX_TIMEOUT_SECONDS = 7 * 86400
+ENDPOINT_ID = re.compile(r"we_[0-9a-f]{32}")
 #: service_tier -> priority, where the request gives none. Lower runs first.
 TIERS: dict[str | None, int] = {"priority": -50, "default": 0, "auto": 0, "flex": 50, None: 0}
 
@@ -27,6 +31,8 @@ UnixSeconds = Annotated[float, Field(ge=0, le=MAX_UNIX_SECONDS)]
 Priority = Annotated[int, Field(ge=-100, le=100, description="lower runs first")]
 Timeout = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)]
 Tier = Literal["auto", "default", "flex", "priority"]
+WebhookWord = Literal["completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output"]
+WebhookWords = Annotated[list[WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS))]
 User = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
@@ -43,6 +49,27 @@ class Contract(BaseModel):
 C = TypeVar("C", bound=Contract)
 
 
+def is_a_webhook(webhook: str | None) -> str | None:
+    """A URL's form, or the id of an endpoint. Which addresses are allowed is for the settings to say, later."""
+    if webhook is not None and not ENDPOINT_ID.fullmatch(webhook):
+        is_a_url(webhook)
+    return webhook
+
+
+def is_a_url(url: str | None) -> str | None:
+    try:
+        parse_url(url or "")
+    except BadUrl as error:
+        raise refused(str(error)) from None
+    return url
+
+
+def named_once(values: Sequence[str] | None) -> Sequence[str] | None:
+    if values is not None and len(set(values)) < len(values):
+        raise refused("the list names one event twice")
+    return values
+
+
 class QueueOptions(Contract):
     """How a job waits. Lower priority runs first; without one the service_tier gives it."""
 
@@ -51,6 +78,13 @@ class QueueOptions(Contract):
     #: Unix seconds; a job that is not done by then expires.
     deadline: UnixSeconds | None = None
     metadata: Metadata | None = None
+    #: An https URL, or the id of a webhook endpoint, that is told what becomes of the job.
+    webhook: Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARS)] | None = None
+    #: What of it is told; None = its end, whichever it is.
+    webhook_events_filter: WebhookWords | None = None
+
+    _webhook = field_validator("webhook")(is_a_webhook)
+    _words_once = field_validator("webhook_events_filter")(named_once)
 
 
 def validated(contract: type[C], values: Any) -> C:

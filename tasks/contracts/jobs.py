@@ -64,6 +64,19 @@ class JobRequest(QueueOptions):
         return None if self.start_timeout is None else max(1, round(self.start_timeout * 1000))
 
     @property
+    def callback(self) -> str | None:
+        """Where the job's events go: a URL or the id of a webhook endpoint."""
+        return self.webhook if self.webhook is not None else self.body.webhook
+
+    @property
+    def callback_words(self) -> tuple[str, ...]:
+        """What of the job's life is told there."""
+        given = (
+            self.webhook_events_filter if self.webhook_events_filter is not None else self.body.webhook_events_filter
+        )
+        return names.WEBHOOK_ENDS if given is None else tuple(given)
+
+    @property
     def labels(self) -> dict[str, str] | None:
         """The metadata that the job is listed with."""
         return self.metadata if self.metadata is not None else self.body.metadata

@@ -26,13 +26,15 @@ local function give(job)
   move(job, 'in_progress')
   job.fence = whole(tonumber(job.fence) + 1)
   job.attempts = whole(tonumber(job.attempts) + 1)
-  if job.started_ms == '' then job.started_ms = whole(NOW) end
+  local first = job.started_ms == ''
+  if first then job.started_ms = whole(NOW) end
   redis.call('HSET', job.key, 'fence', job.fence, 'attempts', job.attempts, 'started_ms', job.started_ms,
     'claimed_ms', whole(NOW), 'worker', worker)
   redis.call('ZADD', P .. 'running:' .. model, whole(NOW), job.id)
   redis.call('ZADD', P .. 'leases', whole(NOW + lease_ms), job.id)
   redis.call('SET', token_key, job.fence .. ' ' .. job.id, 'PX', 600000)
   emit(job, '{"type":"job.in_progress","status":"in_progress","attempt":' .. job.attempts .. '}')
+  if first then tell(job, 'started', '') end
   return answer(job)
 end
 

@@ -14,7 +14,10 @@ for _, seen in ipairs(tokens) do known = known or seen == token end
 
 if not known then
   if tonumber(job.next_seq) + #ARGV - 5 > tonumber(ARGV[4]) then return 'full' end
-  for i = 6, #ARGV do emit(job, ARGV[i]) end
+  for i = 6, #ARGV do
+    emit(job, ARGV[i])
+    tell_of(job, ARGV[i])
+  end
   tokens[#tokens + 1] = token
   if #tokens > KEPT then table.remove(tokens, 1) end
   redis.call('HSET', job.key, 'published', table.concat(tokens, ' '))

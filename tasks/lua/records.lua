@@ -24,6 +24,7 @@
 -- ERRORS (code -> JSON text) is made from errors.py and stands in front of this file.
 
 local P = KEYS[1]
+local tell -- webhooks: outbox.lua, which follows, says what it does
 local NOW
 do
   local time = redis.call('TIME')
@@ -147,6 +148,8 @@ local function finish(job, state, result)
   emit(job, '{"type":"job.' .. state .. '","status":"' .. state .. '","error":' .. or_null(result.error) ..
     ',"usage":' .. or_null(result.usage) ..
     ((result.outputs or '') ~= '' and ',"outputs":' .. result.outputs or '') .. '}')
+  tell(job, state, ((result.outputs or '') ~= '' and ',"outputs":' .. result.outputs or '') ..
+    ((result.error or '') ~= '' and #result.error < 2000 and ',"error":' .. result.error or ''))
 end
 
 -- A claim that ends without a result: the fence moves at once, so the old holder can change nothing any more.

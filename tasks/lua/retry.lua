@@ -10,7 +10,8 @@ if not TERMINAL[before] or before == 'completed' then return {'refused', before}
 redis.call('UNLINK', P .. 'events:' .. job.id)
 redis.call('ZREM', P .. 'finished', job.id)
 redis.call('HDEL', job.key, 'response', 'error', 'usage', 'metrics', 'dead_letter', 'finished_ms', 'done_fence',
-  'started_ms', 'claimed_ms', 'suspect', 'published', 'outputs', 'output_keys', 'progress')
+  'started_ms', 'claimed_ms', 'suspect', 'published', 'outputs', 'output_keys', 'progress',
+  'told_ms')
 job.deadline_ms, job.start_timeout_ms, job.started_ms = '', '', ''
 job.fence = whole(tonumber(job.fence) + 1)
 redis.call('HSET', job.key, 'retry_token', ARGV[3], 'queued_ms', whole(NOW), 'deaths', '0', 'attempts', '0', 'deadline_ms', '',

@@ -8,12 +8,14 @@ from typing import Any
 
 from inferfleet.tasks import names
 from inferfleet.tasks.contracts import Body, ChatCompletionRequest, ImageEditRequest, JobRequest, body_hash, check_card
+from inferfleet.tasks.contracts.contract import ENDPOINT_ID
 from inferfleet.tasks.errors import ModelNotFound
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Submitted
 from inferfleet.tasks.settings import ModelSpec, Settings
 from inferfleet.workers.api.prompt_counter import PromptCounter
 from inferfleet.workers.api.ringer import Ringer
+from inferfleet.workers.webhooks.guard import Policy
 
 Card = dict[str, Any]
 
@@ -49,6 +51,7 @@ class Door:
         self._settings = settings
         self._ledger = ledger
         self._ringer = ringer
+        self._hooks = Policy.of(settings)
         self._counter = PromptCounter(settings.models)
         self._configured = {name: _unserved(name, spec) for name, spec in settings.models.items()}
         self._cards: dict[str, Card] = {}
@@ -64,8 +67,10 @@ class Door:
     async def submit(
         self, job: Sealed, tenant: str, *, job_id: str | None = None, idempotency_key: str | None = None
     ) -> Submitted:
-        """Accepts a checked job once. Raises QueueFull, IdempotencyKeyReuse, LedgerUnavailable."""
+        """Accepts a checked job once. Raises UrlNotAllowed, QueueFull, IdempotencyKeyReuse, LedgerUnavailable."""
         request = job.request
+        if request.callback is not None and not ENDPOINT_ID.fullmatch(request.callback):
+            self._hooks.url(request.callback)
         submitted = await self._ledger.submit(
             job_id or names.new_job_id(),
             job.envelope,
@@ -80,6 +85,8 @@ class Door:
             custom_id=request.custom_id,
             endpoint=request.url,
             metadata=request.labels,
+            webhook=request.callback,
+            webhook_words=request.callback_words,
         )
         if submitted.queued:
             self._ringer.ring(request.body.model)

@@ -146,9 +146,9 @@ MODELS: tuple[type[BaseModel], ...] = (
 )  # fmt: skip
 
 
-def components() -> dict[str, Any]:
-    """The schemas that the routes below refer to."""
-    wanted = [(model, "validation") for model in MODELS]
+def components(*more: type[BaseModel]) -> dict[str, Any]:
+    """The schemas that the routes below refer to, and those of `more`."""
+    wanted = [(model, "validation") for model in (*MODELS, *more)]
     _, document = models_json_schema(wanted, ref_template=REF)  # type: ignore[arg-type]
     schemas: dict[str, Any] = document["$defs"]
     schemas[EDIT_FORM] = edit_form(schemas[ImageEditRequest.__name__])
@@ -181,6 +181,7 @@ def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
         404: "unknown model or job", 409: "the job's state, or a reused key, forbids it", 413: "the body is too large",
         415: "not a media type of this route", 422: "a field is wrong: `param` names it",
         429: "the queue is full: see Retry-After", 504: "the job's time was over",
+        502: "the receiver of a webhook gave no answer",
     }  # fmt: skip
     named = {str(status): answer(texts[status], ErrorAnswer) for status in errors}
     always = {"401": answer("the API key is missing or unknown", ErrorAnswer),
@@ -197,7 +198,7 @@ PREFER = header("Prefer", "`respond-async`: answer 202 at once; `wait=N`: answer
 
 _JOB = answer("the job", Job)
 _ACCEPTED = answer("the job; poll its `Location`", Job)
-_BODY_ERRORS = (400, 413, 415, 422)
+BODY_ERRORS = (400, 413, 415, 422)
 
 CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
     {
@@ -210,11 +211,11 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
         },
         "202": _ACCEPTED,
     },
-    *_BODY_ERRORS, 404, 409, 429, 504,
+    *BODY_ERRORS, 404, 409, 429, 504,
 )  # fmt: skip
 _IMAGE_ANSWERS = answers(
     {"200": answer("the pictures, as urls or in base64", ImagesAnswer), "202": _ACCEPTED},
-    *_BODY_ERRORS, 404, 409, 429, 504,
+    *BODY_ERRORS, 404, 409, 429, 504,
 )  # fmt: skip
 IMAGES = body(ImageGenerationRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
 EDITS = body(ImageEditRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
@@ -231,12 +232,12 @@ OUTPUT = answers(
     403, 404, 422,
 )  # fmt: skip
 CREATE_JOB = body(JobRequest) | {"parameters": [KEY, PREFER]} | answers(
-    {"200": answer("the job, which has ended", Job), "202": _ACCEPTED}, *_BODY_ERRORS, 404, 409, 429
+    {"200": answer("the job, which has ended", Job), "202": _ACCEPTED}, *BODY_ERRORS, 404, 409, 429
 )  # fmt: skip
-PUT_JOB = body(JobRequest) | answers({"202": _ACCEPTED}, *_BODY_ERRORS, 404, 409, 429)
+PUT_JOB = body(JobRequest) | answers({"202": _ACCEPTED}, *BODY_ERRORS, 404, 409, 429)
 LIST_JOBS = answers({"200": answer("one page", JobPageAnswer)}, 404, 422)
 GET_JOB = answers({"200": _JOB}, 404, 422)
-PATCH_JOB = body(JobUpdate) | answers({"200": _JOB}, *_BODY_ERRORS, 404, 409)
+PATCH_JOB = body(JobUpdate) | answers({"200": _JOB}, *BODY_ERRORS, 404, 409)
 CANCEL_JOB = answers({"202": answer("the job, cancelling or cancelled", Job)}, 404, 409)
 RETRY_JOB = answers({"202": _ACCEPTED}, 404, 409)
 RESULT = answers(

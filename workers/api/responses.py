@@ -6,11 +6,19 @@ from typing import Any
 
 from starlette.responses import Response
 
-from inferfleet.tasks.errors import BodyTooLarge, Conflict, FleetError, InvalidRequest, JobFailed, Unauthorized
+from inferfleet.tasks.errors import (
+    BodyTooLarge,
+    Conflict,
+    FleetError,
+    InvalidRequest,
+    JobFailed,
+    ReceiverFailed,
+    Unauthorized,
+)
 from inferfleet.workers.api.sse import compact
 
 #: Repeating these changes nothing: the OpenAI SDK retries 409 and 5xx unless told not to.
-FINAL = (Conflict, InvalidRequest, JobFailed)
+FINAL = (Conflict, InvalidRequest, JobFailed, ReceiverFailed)
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
