@@ -32,7 +32,7 @@ PIP_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 #: torch goes in first and alone: whatever depends on it must find it there and not fetch another build.
 TORCH = "torch==2.13.0"
 RUN_EXTRAS = ("api", "worker", "image", "embedded")
-TEST_EXTRAS = (*RUN_EXTRAS, "dev", "oracle")
+TEST_EXTRAS = (*RUN_EXTRAS, "s3", "dev", "oracle")
 DEMO_QUESTIONS = ("What is 38 + 45?", "Spell the word queue.", "Where does the truth about jobs live?")
 READY_SECONDS = 180.0
 

@@ -24,7 +24,9 @@
     │   └── NotQueued                    409 not_queued
     ├── Unavailable                      the same call may succeed later
     │   ├── QueueFull                    429 queue_full
-    │   └── LedgerUnavailable            503 ledger_unavailable
+    │   ├── LedgerUnavailable            503 ledger_unavailable
+    │   └── StoreUnavailable             503 store_unavailable
+    │       └── StoreMisconfigured       503 store_misconfigured
     ├── SetupError                       stops a start
     │   ├── RedisMisconfigured           500 redis_misconfigured
     │   └── SettingsError                500 settings_error
@@ -222,6 +224,18 @@ class LedgerUnavailable(Unavailable):
     """The ledger (Redis) cannot be reached or refuses to write."""
 
     code = "ledger_unavailable"
+
+
+class StoreUnavailable(Unavailable):
+    """The store of files cannot be reached or cannot write."""
+
+    code = "store_unavailable"
+
+
+class StoreMisconfigured(StoreUnavailable):
+    """The store of files refuses this fleet: its bucket or access keys have to be mended first."""
+
+    code = "store_misconfigured"
 
 
 class SetupError(FleetError):

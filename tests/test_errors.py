@@ -30,6 +30,8 @@ CODES = {
     "not_queued": 409,
     "queue_full": 429,
     "ledger_unavailable": 503,
+    "store_unavailable": 503,
+    "store_misconfigured": 503,
     "redis_misconfigured": 500,
     "settings_error": 500,
     "deadline_exceeded": 504,
