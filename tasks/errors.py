@@ -15,10 +15,12 @@
     ├── NotFound
     │   ├── ModelNotFound                404 model_not_found
     │   ├── JobNotFound                  404 job_not_found
+    │   ├── FileNotFound                 404 file_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
+    │   ├── FileInUse                    409 file_in_use
     │   ├── AlreadyTerminal              409 already_terminal
     │   ├── NotTerminal                  409 not_terminal
     │   └── NotQueued                    409 not_queued
@@ -162,6 +164,12 @@ class JobNotFound(NotFound):
     code = "job_not_found"
 
 
+class FileNotFound(NotFound):
+    """There is no file with this id."""
+
+    code = "file_not_found"
+
+
 class OutputNotFound(NotFound):
     """There is no file with this id, or it was deleted with its job."""
 
@@ -186,6 +194,12 @@ class IdempotencyKeyReuse(Conflict):
     """This idempotency key or job id was already used with another body."""
 
     code = "idempotency_key_reuse"
+
+
+class FileInUse(Conflict):
+    """A batch that has not ended reads this file."""
+
+    code = "file_in_use"
 
 
 class AlreadyTerminal(Conflict):

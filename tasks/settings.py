@@ -153,6 +153,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)
     #: The same of POST /v1/images/edits, which carries a picture of up to 20 MiB, as a form or in base64.
     max_edit_bytes: int = Field(default=28 << 20, ge=1024, le=256 << 20)
+    #: Of one file that is uploaded to /v1/files.
+    max_file_bytes: int = Field(default=200 << 20, ge=1, le=1 << 30)
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)

@@ -17,9 +17,9 @@ from starlette.responses import HTMLResponse, Response
 from inferfleet.tasks.errors import FleetError, InvalidRequest, SetupError
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
-from inferfleet.tasks.stores import AsyncRedisStore
+from inferfleet.tasks.stores import open_async_store
 from inferfleet.workers import logs
-from inferfleet.workers.api import chat, health, images, jobs, models, outputs
+from inferfleet.workers.api import chat, files, health, images, jobs, models, openapi_files, outputs
 from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
@@ -54,7 +54,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         hub, ringer = Hub(ledger, reader), Ringer(ring)
         door = Door(settings, ledger, ringer)
         keys_required = not is_loopback(settings.api_host)
-        store = AsyncRedisStore(ledger, settings.result_ttl_seconds)
+        store = open_async_store(settings, ledger)
         app.state.services = Services(settings, ledger, store, hub, door, metrics, keys_required)
         reading = asyncio.create_task(hub.run())
         try:
@@ -73,7 +73,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
     )
-    for router in (chat.router, images.router, jobs.router, outputs.router, models.router, health.router):
+    for router in (chat.router, images.router, jobs.router, outputs.router, files.router, models.router, health.router):
         app.include_router(router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)
@@ -190,7 +190,8 @@ def _describe(app: FastAPI) -> None:
 
     def with_components() -> dict[str, Any]:
         document = generate()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(components())
+        schemas = components(*openapi_files.MODELS)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas | openapi_files.forms(schemas))
         return document
 
     app.openapi = with_components  # type: ignore[method-assign]
