@@ -15,11 +15,13 @@
     ├── NotFound
     │   ├── ModelNotFound                404 model_not_found
     │   ├── JobNotFound                  404 job_not_found
+    │   ├── BatchNotFound                404 batch_not_found
     │   ├── FileNotFound                 404 file_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
+    │   ├── BatchState                   409 batch_state
     │   ├── FileInUse                    409 file_in_use
     │   ├── AlreadyTerminal              409 already_terminal
     │   ├── NotTerminal                  409 not_terminal
@@ -164,6 +166,12 @@ class JobNotFound(NotFound):
     code = "job_not_found"
 
 
+class BatchNotFound(NotFound):
+    """There is no batch with this id."""
+
+    code = "batch_not_found"
+
+
 class FileNotFound(NotFound):
     """There is no file with this id."""
 
@@ -194,6 +202,12 @@ class IdempotencyKeyReuse(Conflict):
     """This idempotency key or job id was already used with another body."""
 
     code = "idempotency_key_reuse"
+
+
+class BatchState(Conflict):
+    """The status of the batch does not allow this."""
+
+    code = "batch_state"
 
 
 class FileInUse(Conflict):

@@ -32,6 +32,8 @@ DEFAULT_SECONDS = 30 * 86400
 MAX_FILES_PAGE = 1000
 SDK_MEMORY_MS = 600_000
 
+#: Of pictures, uploads and the shelves of batches.
+OUR_KEYS = re.compile(r"(out_[0-9a-f]{32}|file-[0-9a-f]{32}|batch_[0-9a-f]{32})_[0-9]+_[0-9]+")
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 
 Kind = Literal["", "output", "error"]
@@ -232,9 +234,11 @@ def parts_of(shelf: str) -> Call[list[Part]]:
     return Call("", ("HGETALL", Key(f"parts:{shelf}")), parse)
 
 
-def known_parts(shelves: Sequence[str]) -> Steps[set[str]]:
-    """Which keys these shelves hold."""
-    held: set[str] = set()
-    for shelf in shelves:
-        held |= {part.key for part in (yield parts_of(shelf))}
-    return held
+def needed(keys: Sequence[str]) -> Call[list[bool]]:
+    """Whether somebody still needs each of these objects of the store."""
+    return Call("file_known", list(keys), lambda answer: [word == b"1" for word in answer])
+
+
+def is_ours(key: str) -> bool:
+    """Whether an object's key is one that jobs, uploads or batches write."""
+    return OUR_KEYS.fullmatch(key) is not None

@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     max_edit_bytes: int = Field(default=28 << 20, ge=1024, le=256 << 20)
     #: Of one file that is uploaded to /v1/files.
     max_file_bytes: int = Field(default=200 << 20, ge=1, le=1 << 30)
+    #: Batches that one runner has under way, and lines of one model that one batch has waiting or running.
+    batch_slots: int = Field(default=8, ge=1, le=256)
+    batch_window: int = Field(default=256, ge=1, le=10_000)
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)

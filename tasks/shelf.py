@@ -30,6 +30,7 @@ def lines_of(data: bytes) -> Iterator[bytes]:
         start = end + 1
 
 
-def unmarked(data: bytes, skip: int) -> bytes:
-    """Both files' lines of whole marked lines, without the first `skip`."""
-    return b"".join(line[1:] for number, line in enumerate(lines_of(data)) if number >= skip)
+def unmarked(data: bytes, start: int = 0, end: int | None = None) -> bytes:
+    """Lines start to end of both files, without their marks."""
+    chosen = (line[1:] for number, line in enumerate(lines_of(data)) if number >= start and not (end and number >= end))
+    return b"".join(chosen)

@@ -23,6 +23,8 @@ CODES = {
     "model_not_found": 404,
     "job_not_found": 404,
     "output_not_found": 404,
+    "batch_not_found": 404,
+    "batch_state": 409,
     "file_not_found": 404,
     "file_in_use": 409,
     "output_damaged": 500,

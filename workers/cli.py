@@ -123,6 +123,17 @@ def worker(model: Models = None) -> None:
     raise typer.Exit(run_worker(settings))
 
 
+@app.command()
+def batches() -> None:
+    """Run batches of /v1/batches: hand their lines to the queue, write their files. Needs no GPU and no model."""
+    from inferfleet.workers import logs
+    from inferfleet.workers.batches.runner import run_batches
+
+    settings = load_settings({})
+    logs.configure(settings.log_level, settings.log_format)
+    run_batches(settings)
+
+
 def _demo_model() -> Path:
     if not (DEMO_MODEL / "config.json").is_file():
         raise SettingsError(

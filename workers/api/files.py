@@ -81,7 +81,7 @@ async def file_content(file_id: FileId, tenant: Tenant, use: Use) -> Response:
         "content-length": str(record.size),
         "content-disposition": f"attachment; filename*=UTF-8''{quote(record.filename)}",
     }
-    return StreamingResponse(_chained(first, body), headers=headers, media_type="application/octet-stream")
+    return StreamingResponse(chained(first, body), headers=headers, media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}", openapi_extra=docs.DELETE_FILE)
@@ -126,7 +126,8 @@ async def _content(use: Services, record: FileRecord) -> AsyncIterator[bytes]:
             yield data
 
 
-async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A stream of which the first piece was asked for already."""
     yield first
     async for data in rest:
         yield data

@@ -19,7 +19,7 @@ from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledge
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import open_async_store
 from inferfleet.workers import logs
-from inferfleet.workers.api import chat, files, health, images, jobs, models, openapi_files, outputs
+from inferfleet.workers.api import batches, chat, files, health, images, jobs, models, openapi_files, outputs
 from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
@@ -73,7 +73,16 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
     )
-    for router in (chat.router, images.router, jobs.router, outputs.router, files.router, models.router, health.router):
+    for router in (
+        chat.router,
+        images.router,
+        jobs.router,
+        outputs.router,
+        files.router,
+        batches.router,
+        models.router,
+        health.router,
+    ):
         app.include_router(router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from inferfleet.tasks import files, strict_json
 from inferfleet.tasks.contracts import validated
 from inferfleet.tasks.contracts.batches import FileFields
-from inferfleet.tasks.errors import BodyTooLarge, FileNotFound, FleetError, InvalidRequest, UnsupportedMediaType
+from inferfleet.tasks.errors import BodyTooLarge, FleetError, InvalidRequest, UnsupportedMediaType
 from inferfleet.tasks.files import Closed
 from inferfleet.workers.api.body import media_type
 from inferfleet.workers.api.multipart import Part, read_form
@@ -122,8 +122,9 @@ class Upload:
         if not self._opened:
             return
         try:
-            await self._forget(await self._use.ledger.run(files.delete_file(self._id, self._tenant, uploading=True)))
-        except (FleetError, FileNotFound):
+            dropped = await self._use.ledger.run(files.delete_file(self._id, self._tenant, uploading=True))
+            await self._forget(dropped)
+        except FleetError:
             return
 
 
