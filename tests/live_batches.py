@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-from fleet import until
 
 from inferfleet.tasks.batches import TERMINAL
 from inferfleet.tasks.ledger import Ledger
@@ -72,7 +71,11 @@ def jsonl(lines: list[Any]) -> bytes:
 
 
 def wait_for_end(client: Any, batch_id: str, seconds: float = 60) -> Any:
-    return until(lambda: (batch := client.batches.retrieve(batch_id)).status in TERMINAL and batch, seconds)
+    deadline = time.monotonic() + seconds
+    while (batch := client.batches.retrieve(batch_id)).status not in TERMINAL:
+        assert time.monotonic() < deadline, f"the batch is {batch.status} with {batch.request_counts}"
+        time.sleep(0.1)  # the API, the runner and the worker often share this process with us
+    return batch
 
 
 def read_lines(client: Any, file_id: str | None) -> list[dict[str, Any]]:

@@ -13,9 +13,14 @@ from inferfleet.tasks.ledger import Ledger
 CHAT = "/v1/chat/completions"
 
 
-@pytest.fixture(scope="module", params=["redis", "s3"])
+#: On both stores; all else is the same on either.
+BOTH = pytest.mark.parametrize("shared_api", ["redis", "s3"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def shared_api(request, session_redis):
-    kept = request.getfixturevalue("session_swift").settings("batches") if request.param == "s3" else {}
+    store = getattr(request, "param", "redis")
+    kept = request.getfixturevalue("session_swift").settings("batches") if store == "s3" else {}
     with running_api(session_redis.url, batch_window=40, **kept) as api, running_batches(api.settings, api.worker.ring):
         yield api
 
@@ -48,6 +53,7 @@ def ids(lines):
     return [entry["custom_id"] for entry in lines]
 
 
+@BOTH
 def test_a_batch_runs_its_lines_and_every_one_ends_in_one_of_two_files(client, ledger):
     # Given lines that work, one that fails in the worker and one that cannot be accepted
     lines = [line(f"good-{number}", f"say answer {number}") for number in range(20)]
@@ -100,6 +106,7 @@ def test_batches_are_listed_newest_first_in_pages(client):
         wait_for_end(client, batch_id)
 
 
+@BOTH
 def test_results_can_be_read_while_a_batch_runs_and_go_on_from_an_offset(api, client):
     lines = [line(f"quick-{number}", "say done") for number in range(6)] + [line("slow", "hold on")]
     made = start(client, lines)
@@ -122,6 +129,7 @@ def test_results_can_be_read_while_a_batch_runs_and_go_on_from_an_offset(api, cl
         assert http.get(path).text.splitlines()[:6] == first.text.splitlines()
 
 
+@BOTH
 def test_a_cancelled_batch_keeps_what_ended_and_accounts_for_every_other_line(api, client):
     # Given a batch of which some lines ended, some run and most wait
     lines = [line(f"done-{number}") for number in range(5)]
@@ -199,6 +207,7 @@ def test_a_batch_whose_every_line_fails_is_completed_all_the_same(client):
 # Retry and repeats ---------------------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_a_retry_runs_the_failed_lines_alone_as_a_batch_of_its_own(api, client):
     lines = [line("good"), line("bad", "fail engine_error"), line("worse", "fail nan_logits"), line("hot", top_p=5.0)]
     first = wait_for_end(client, start(client, lines, metadata={"team": "b"}).id)
