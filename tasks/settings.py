@@ -112,6 +112,8 @@ class S3Settings(BaseModel):
     read_timeout_seconds: Seconds = 10
     #: After this no call is tried again.
     deadline_seconds: Seconds = 30
+    #: Clients reach endpoint_url too: the url of a picture leads them there, and not through the API.
+    public_links: bool = False
     #: What goes with a file so that the server sees that all of it arrived; old servers know md5 alone.
     checksums: Literal["sha256", "md5", "none"] = "sha256"
 

@@ -27,6 +27,7 @@ EXTRAS = {
     "fastapi": "api",
     "uvicorn": "api",
     "tokenizers": "api",
+    "boto3": "s3",
     "prometheus_client": "worker",
     "torch": "worker",
     "huggingface_hub": "worker",
@@ -79,7 +80,7 @@ def up(
     data: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Run everything on this machine: Redis (unless one is set), the API and a worker. Ctrl-C drains and stops it."""
+    """Run everything on this machine: Redis (unless one is set), API, worker, batches. Ctrl-C drains and stops it."""
     from inferfleet.workers.cli_report import JsonReport, TextReport
     from inferfleet.workers.embedded import free_port
     from inferfleet.workers.up import Plan, run_up

@@ -2,7 +2,8 @@
 
 up ── redis-server (unless a Redis is given)
    ├─ inferfleet api
-   └─ inferfleet worker
+   ├─ inferfleet worker
+   └─ inferfleet batches
 """
 
 import errno
@@ -72,7 +73,7 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. The children read the same settings as this process; `flags` go to both of them."""
+    """What to run. The children read the same settings as this process; `flags` go to API and worker."""
 
     folder: Path
     #: Models to wait for at the start, name -> path or hub id.
@@ -106,12 +107,13 @@ class Fleet:
     _deaths: deque[float] = field(default_factory=deque)
 
     def start(self) -> None:
-        """Redis first, then API and worker at once, then waits until every model is loaded."""
+        """Redis first, then API, worker and batches at once, then waits until every model is loaded."""
         self._start_redis()
         ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
         self._make_first_key(ledger)
         self._start_part("api")
         self._start_part("worker")
+        self._start_part("batches")
         api, worker = self.children["api"], self.children["worker"]
         with ApiClient(self.plan.api_url, timeout=SHORT) as client:
             self._await(api, lambda: _answers(client), API_SECONDS, "api", self.plan.api_url)
@@ -176,7 +178,8 @@ class Fleet:
 
     def _start_part(self, name: str) -> None:
         address = ["--host", self.plan.host, "--port", str(self.plan.port)] if name == "api" else []
-        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *self.plan.flags]
+        flags = () if name == "batches" else self.plan.flags  # it serves no model
+        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *flags]
         env = {"INFERFLEET_REDIS_URL": self.redis_url}
         self.children[name] = start_child(name, command, log=self._log(name), env=env)
 

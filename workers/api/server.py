@@ -31,7 +31,7 @@ from inferfleet.workers.api.ringer import Ring, Ringer
 from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
-from inferfleet.workers.checks import check_redis
+from inferfleet.workers.checks import check_redis, check_store
 from inferfleet.workers.keys import is_loopback
 
 log = logs.get("api")
@@ -96,7 +96,8 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
 def serve(settings: Settings, ring: Ring) -> None:
     """Listens until SIGTERM or SIGINT, then lets running answers finish within drain_grace_seconds.
 
-    Raises NoApiKey, RedisMisconfigured, LedgerUnavailable, or SetupError when the address cannot be had.
+    Raises NoApiKey, RedisMisconfigured, LedgerUnavailable, StoreUnavailable, or SetupError when the address cannot be
+    had.
     """
     _check_setup(settings)
     app = create_app(settings, ring)
@@ -143,6 +144,7 @@ def _check_setup(settings: Settings) -> None:
         _, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
         for complaint in complaints:
             log.warning("redis_unsafe", complaint=complaint)
+        check_store(settings, ledger)
         if not is_loopback(settings.api_host) and not ledger.list_keys():
             raise NoApiKey(
                 f"api_host {settings.api_host} can be reached from other machines and there is no API key yet; "

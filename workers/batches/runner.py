@@ -18,11 +18,11 @@ from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import LedgerUnavailable, StoreUnavailable
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
-from inferfleet.tasks.stores import S3Store, open_store
+from inferfleet.tasks.stores import open_store
 from inferfleet.workers import logs
 from inferfleet.workers.batches.orphans import OrphanSweep
 from inferfleet.workers.batches.run import BatchRun, Stopped, Tools
-from inferfleet.workers.checks import check_redis
+from inferfleet.workers.checks import check_redis, check_store
 
 log = logs.get("batches")
 
@@ -133,9 +133,8 @@ def run_batches(settings: Settings) -> None:
     """The role as a program, until a signal. Raises RedisMisconfigured, LedgerUnavailable, StoreUnavailable."""
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
     check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
+    check_store(settings, ledger)
     store = open_store(settings, ledger)
-    if isinstance(store, S3Store):
-        store.check()
     doorbell = Doorbell(settings.redis_url, settings.namespace)
     closing = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
