@@ -121,7 +121,7 @@ def close_file(
         if verdict == "gone":
             raise FileNotFound(param="file_id")
         if verdict == "reuse":
-            raise ReusedForFile(rest)
+            raise ReusedForFile(dropped=rest)
         return Closed(rest[0] if verdict == "replay" else file_id, verdict == "replay", rest[1:])
 
     args = (file_id, size, seconds, digest, memory, "1" if look else "", body_hash)
@@ -131,8 +131,8 @@ def close_file(
 class ReusedForFile(IdempotencyKeyReuse):
     """This idempotency key was already used for another file."""
 
-    def __init__(self, dropped: list[str]) -> None:
-        super().__init__()
+    def __init__(self, message: str | None = None, *, dropped: Sequence[str] = ()) -> None:
+        super().__init__(message)
         #: Parts of the upload that was refused.
         self.dropped = dropped
 

@@ -65,12 +65,12 @@ def test_a_bucket_that_is_away_while_a_picture_is_stored_fails_no_job(fleet, ses
         assert fleet.workers[0].lines("engine_stands_still") == []
 
 
-def test_a_wire_that_spoils_a_picture_shows_nobody_a_spoilt_one(fleet, session_swift, s3):
+def test_a_wire_that_loses_every_third_reply_of_the_bucket_loses_no_picture(fleet, session_swift, s3):
     with ChaosProxy(session_swift.port) as proxy:
         through = {**s3, "s3": {**s3["s3"], "endpoint_url": f"http://127.0.0.1:{proxy.port}"}}
         fleet.start_worker(IMAGE, **through)
         proxy.faults.lose_chance = 0.3
-        for seed in range(5):
+        for seed in range(3):
             painted(fleet, s3, paint(fleet, seed), seed)
 
 
