@@ -34,7 +34,7 @@ TORCH = "torch==2.13.0"
 RUN_EXTRAS = ("api", "worker", "image", "embedded")
 #: Where the demo leaves its picture.
 PICTURE = ROOT / "demo.png"
-TEST_EXTRAS = (*RUN_EXTRAS, "dev", "oracle")
+TEST_EXTRAS = (*RUN_EXTRAS, "s3", "dev", "oracle")
 DEMO_QUESTIONS = ("What is 38 + 45?", "Spell the word queue.", "Where does the truth about jobs live?")
 DEMO_PROMPT = "a red circle on a blue background"
 DEMO_MODELS = {"demo", "demo-image"}

@@ -35,6 +35,9 @@ Steps = Generator["Call[Any]", Any, T]
 
 SCRIPTS = Path(__file__).parent / "lua"
 
+#: First word of a script's name -> what stands in front of it, where that is not records.lua and outbox.lua.
+SHARED = {"file": ("records", "shelf"), "batch": ("records", "outbox", "shelf", "batches")}
+
 #: Places that a claim looks at before it gives up; overdue jobs among them are ended on the way.
 LOOK_AHEAD = 32
 #: Events of one job. The log is never cut, because a requeued job goes on from it; a fuller one is refused.
@@ -70,10 +73,11 @@ class Call(Generic[T]):
 
 @functools.cache
 def script_text(name: str) -> str:
-    """The whole Lua text of a script: the errors as JSON, the shared records.lua and outbox.lua, the script itself."""
+    """The whole Lua text of a script: the errors as JSON, what it shares with others, the script itself."""
     codes = ("deadline_exceeded", "start_timeout", "worker_lost", "cancelled")
     errors = ", ".join(f"{code} = [==[{json.dumps(BY_CODE[code]().to_dict())}]==]" for code in codes)
-    parts = [(SCRIPTS / f"{part}.lua").read_text() for part in ("records", "outbox", name)]
+    shared = SHARED.get(name.partition("_")[0], ("records", "outbox"))
+    parts = [(SCRIPTS / f"{part}.lua").read_text() for part in (*shared, name)]
     return f"local ERRORS = {{{errors}}}\n" + "\n".join(parts)
 
 

@@ -18,10 +18,14 @@
     │   ├── JobNotFound                  404 job_not_found
     │   ├── EndpointNotFound             404 webhook_endpoint_not_found
     │   ├── DeliveryNotFound             404 webhook_delivery_not_found
+    │   ├── BatchNotFound                404 batch_not_found
+    │   ├── FileNotFound                 404 file_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
+    │   ├── BatchState                   409 batch_state
+    │   ├── FileInUse                    409 file_in_use
     │   ├── AlreadyTerminal              409 already_terminal
     │   ├── NotTerminal                  409 not_terminal
     │   ├── NotQueued                    409 not_queued
@@ -30,7 +34,9 @@
     ├── Unavailable                      the same call may succeed later
     │   ├── QueueFull                    429 queue_full
     │   ├── LedgerUnavailable            503 ledger_unavailable
-    │   └── NoWebhookWorker              503 no_webhook_worker
+    │   ├── NoWebhookWorker              503 no_webhook_worker
+    │   └── StoreUnavailable             503 store_unavailable
+    │       └── StoreMisconfigured       503 store_misconfigured
     ├── ReceiverFailed                   502 webhook_receiver_failed
     ├── SetupError                       stops a start
     │   ├── RedisMisconfigured           500 redis_misconfigured
@@ -174,6 +180,18 @@ class JobNotFound(NotFound):
     code = "job_not_found"
 
 
+class BatchNotFound(NotFound):
+    """There is no batch with this id."""
+
+    code = "batch_not_found"
+
+
+class FileNotFound(NotFound):
+    """There is no file with this id."""
+
+    code = "file_not_found"
+
+
 class OutputNotFound(NotFound):
     """There is no file with this id, or it was deleted with its job."""
 
@@ -210,6 +228,18 @@ class IdempotencyKeyReuse(Conflict):
     """This idempotency key or job id was already used with another body."""
 
     code = "idempotency_key_reuse"
+
+
+class BatchState(Conflict):
+    """The status of the batch does not allow this."""
+
+    code = "batch_state"
+
+
+class FileInUse(Conflict):
+    """A batch that has not ended reads this file."""
+
+    code = "file_in_use"
 
 
 class AlreadyTerminal(Conflict):
@@ -273,6 +303,18 @@ class ReceiverFailed(FleetError):
 
     code = "webhook_receiver_failed"
     status = 502
+
+
+class StoreUnavailable(Unavailable):
+    """The store of files cannot be reached or cannot write."""
+
+    code = "store_unavailable"
+
+
+class StoreMisconfigured(StoreUnavailable):
+    """The store of files refuses this fleet: its bucket or access keys have to be mended first."""
+
+    code = "store_misconfigured"
 
 
 class SetupError(FleetError):

@@ -95,6 +95,33 @@ class ModelSpec(BaseModel):
     image: ImageSettings | None = None
 
 
+class S3Settings(BaseModel):
+    """How an S3 server is spoken to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    #: Of a server that is not AWS.
+    endpoint_url: str | None = Field(default=None, pattern=r"^https?://")
+    region: str = Field(default="us-east-1", min_length=1)
+    #: http://host/bucket/key, http://bucket.host/key, or auto = as boto3 guesses from the endpoint.
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    #: None = where boto3 looks: AWS_ACCESS_KEY_ID, ~/.aws, the machine's role.
+    access_key_id: str | None = Field(default=None, min_length=1)
+    secret_access_key: SecretStr | None = None
+    connect_timeout_seconds: Seconds = 3
+    read_timeout_seconds: Seconds = 10
+    #: After this no call is tried again.
+    deadline_seconds: Seconds = 30
+    #: Clients reach endpoint_url too: the url of a picture leads them there, and not through the API.
+    public_links: bool = False
+    #: What goes with a file so that the server sees that all of it arrived; old servers know md5 alone.
+    checksums: Literal["sha256", "md5", "none"] = "sha256"
+
+    def model_post_init(self, context: Any, /) -> None:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise SettingsError("give s3.access_key_id and s3.secret_access_key together", param="s3")
+
+
 class Settings(BaseSettings):
     """Every setting of the fleet. Times are seconds, sizes bytes."""
 
@@ -118,11 +145,21 @@ class Settings(BaseSettings):
     result_ttl_seconds: Seconds = 86400
     #: Of all pictures of one job.
     max_result_bytes: int = Field(default=256 << 20, ge=1 << 20, le=1 << 32)
+    #: Where files are kept: in the ledger's own Redis, or s3://bucket/prefix (see `s3`).
+    result_store: str = Field(
+        default="redis://", pattern=r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
+    )
+    s3: S3Settings = S3Settings()
     #: Waiting jobs a model; more are answered 429.
     max_queued: int = Field(default=10_000, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)
     #: The same of POST /v1/images/edits, which carries a picture of up to 20 MiB, as a form or in base64.
     max_edit_bytes: int = Field(default=28 << 20, ge=1024, le=256 << 20)
+    #: Of one file that is uploaded to /v1/files.
+    max_file_bytes: int = Field(default=200 << 20, ge=1, le=1 << 30)
+    #: Batches that one runner has under way, and lines of one model that one batch has waiting or running.
+    batch_slots: int = Field(default=8, ge=1, le=256)
+    batch_window: int = Field(default=256, ge=1, le=10_000)
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)
@@ -208,6 +245,8 @@ def nearest(name: str) -> str:
     fields = Settings.model_fields
     if name.startswith("models."):
         fields = ImageSettings.model_fields if ".image." in name else ModelSpec.model_fields
+    if name.startswith("s3."):
+        fields = S3Settings.model_fields
     close = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -1,4 +1,5 @@
-"""A loopback TCP proxy whose faults a test switches on while it runs: lost replies, resets, latency, black holes.
+"""A loopback TCP proxy whose faults a test switches on while it runs: lost replies, resets, latency, black holes,
+wrong bytes.
 
 Runs in a thread of its own, so sync and async code can be tested through it. Knows bytes, not Redis.
 """
@@ -22,10 +23,17 @@ class Faults:
     #: The chance that any other reply is lost like that. Not every n-th: a connection's greeting and the repeated
     #: command could fall into step with it, and one command would never be answered.
     lose_chance: float = 0.0
+    #: In so many coming chunks of at least 1000 bytes the last byte is another: of requests, and of replies.
+    spoil_requests: int = 0
+    spoil_replies: int = 0
     #: Seconds that each chunk waits, in both directions.
     latency: float = 0.0
     #: Accept and swallow what comes from the server, keeping connections open.
     mute: bool = False
+
+
+def spoilt(chunk: bytes) -> bytes:
+    return chunk[:-1] + bytes([chunk[-1] ^ 1])
 
 
 class ChaosProxy:
@@ -109,6 +117,9 @@ class ChaosProxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(CHUNK):
             await asyncio.sleep(self.faults.latency)
+            if self.faults.spoil_requests > 0 and len(chunk) >= 1000:
+                self.faults.spoil_requests -= 1
+                chunk = spoilt(chunk)
             writer.write(chunk)
             await writer.drain()
         writer.close()
@@ -127,6 +138,9 @@ class ChaosProxy:
                 self._reset(link)
                 return
             await asyncio.sleep(self.faults.latency)
+            if self.faults.spoil_replies > 0 and len(chunk) >= 1000:
+                self.faults.spoil_replies -= 1
+                chunk = spoilt(chunk)
             writer.write(chunk)
             await writer.drain()
 

@@ -7,13 +7,15 @@ import shutil
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 from chaosproxy import ChaosProxy
+from swift_s3 import SwiftMissing, SwiftServer, swift_python
 
 from inferfleet.tasks.ledger import Ledger
 
@@ -154,3 +156,20 @@ def run(api: LiveApi, monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
     from shell import shell  # only here: it brings the whole command line
 
     return shell(api, monkeypatch, capsys, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def session_swift(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftServer]:
+    """A real S3 server. Its first start on a machine installs it, which takes about five seconds."""
+    try:
+        python = swift_python(Path(request.config.cache.mkdir("swift")))
+    except SwiftMissing as error:
+        missing(f"OpenStack Swift, which pip could not install ({error})")
+    with SwiftServer(python, tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(session_swift: SwiftServer) -> dict[str, Any]:
+    """Settings of a fleet whose files go to a bucket of that server, into a folder of the test's own."""
+    return session_swift.settings(f"test-{uuid.uuid4().hex}")

@@ -25,13 +25,21 @@ FAST = {"lease_seconds": 2, "heartbeat_seconds": 0.5, "sweep_seconds": 0.2, "dra
         "slots": 32, "namespace": "test"}  # fmt: skip
 
 
+def whole_json(settings):
+    """With the secret that a dump hides."""
+    values = settings.model_dump(mode="json")
+    if settings.s3.secret_access_key is not None:
+        values["s3"]["secret_access_key"] = settings.s3.secret_access_key.get_secret_value()
+    return json.dumps(values)
+
+
 class WorkerProcess:
     """One worker; its log is a list of JSON lines."""
 
     def __init__(self, settings, log_path, real):
         self.settings, self.log_path = settings, log_path
         log_path.touch()
-        self.process = FORK_SERVER.Process(target=main, args=(settings.model_dump_json(), str(log_path), real))
+        self.process = FORK_SERVER.Process(target=main, args=(whole_json(settings), str(log_path), real))
         self.process.start()
 
     @property

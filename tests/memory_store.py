@@ -32,3 +32,6 @@ class MemoryStore:
     def forget(self, keys) -> None:
         for key in keys:
             self.files.pop(key, None)
+
+    def presign(self, key: str, *, content_type: str, filename: str, seconds: int) -> None:
+        """Nobody else can reach this memory."""

@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import openai
 import psutil
 import pytest
 import redis
 from live_api import LiveApi, running_api
+from live_batches import jsonl, line, wait_for_end
 from parity.checkpoints.writing import write
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
@@ -30,7 +32,7 @@ from inferfleet.workers import cli_chat, embedded
 from inferfleet.workers.embedded import find_server, start_redis
 from inferfleet.workers.keys import digest
 from inferfleet.workers.processes import ChildFailed, start_child
-from inferfleet.workers.up import RESTARTS, Plan
+from inferfleet.workers.up import RESTARTS, Plan, running_fleet
 from inferfleet.workers.up import Fleet as Supervised
 
 PATIENCE = 120
@@ -338,6 +340,13 @@ def test_up_brings_a_fleet_that_answers_and_takes_it_down_again(up, tmp_path, mo
     answer = subprocess.run(ask, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["usage"]["completion_tokens"] <= 3
+
+    # And a batch of it runs, since the fleet has a runner of batches too.
+    with openai.OpenAI(base_url=running_fleet(tmp_path / "data")["api_url"] + "/v1", api_key="none") as client:
+        lines = jsonl([line(f"{number}", model="tiny", max_tokens=2) for number in range(3)])
+        file = client.files.create(file=("in.jsonl", lines), purpose="batch")
+        made = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="1h")
+        assert wait_for_end(client, made.id).request_counts.completed == 3
 
     # When it is asked to end, then it ends well and nothing of it is left.
     process.send_signal(signal.SIGTERM)

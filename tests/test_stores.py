@@ -12,19 +12,20 @@ from memory_store import MemoryStore
 from inferfleet.tasks.errors import LedgerUnavailable, OutputDamaged, OutputNotFound
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.names import job_of_output, new_job_id, output_id
-from inferfleet.tasks.stores import AsyncRedisStore, RedisStore
+from inferfleet.tasks.settings import Settings
+from inferfleet.tasks.stores import RedisStore, open_async_store, open_store
 
 PICTURE = bytes(range(256)) * 4096
 DIGEST = hashlib.sha256(PICTURE).hexdigest()
 
 
 class Waited:
-    """An AsyncRedisStore that is asked like a RedisStore."""
+    """An AsyncStore that is asked like a Store."""
 
-    def __init__(self, redis_url):
+    def __init__(self, settings):
         self._loop = asyncio.new_event_loop()
-        self._ledger = AsyncLedger.from_url(redis_url, "test")
-        self._store = AsyncRedisStore(self._ledger, 60)
+        self._ledger = AsyncLedger.from_url(settings.redis_url, "test")
+        self._store = open_async_store(settings, self._ledger)
 
     def __getattr__(self, name):
         return lambda *args: self._loop.run_until_complete(getattr(self._store, name)(*args))
@@ -34,14 +35,16 @@ class Waited:
         self._loop.close()
 
 
-@pytest.fixture(params=["redis", "async redis", "memory"])
+@pytest.fixture(params=["redis", "async redis", "s3", "async s3", "memory"])
 def store(request, redis_url, ledger):
-    if request.param == "async redis":
-        store = Waited(redis_url)
+    kept = request.getfixturevalue("s3") if "s3" in request.param else {}
+    settings = Settings(redis_url=redis_url, namespace="test", **kept)
+    if request.param.startswith("async"):
+        store = Waited(settings)
         yield store
         store.close()
     else:
-        yield MemoryStore() if request.param == "memory" else RedisStore(ledger, 60)
+        yield MemoryStore() if request.param == "memory" else open_store(settings, ledger)
 
 
 def test_a_file_reads_back_as_it_was_and_is_described(store):
@@ -76,6 +79,12 @@ def test_forgotten_files_are_gone_and_the_others_stay(store):
     with pytest.raises(OutputNotFound):
         store.get("out_1", DIGEST)
     assert store.get("out_2", DIGEST) == PICTURE
+
+
+def test_a_small_and_an_empty_file_are_files_too(store):
+    for key, data in (("out_1", b"x"), ("out_2", b"")):
+        assert store.put(key, data, "application/jsonl").size_bytes == len(data)
+        assert store.get(key, hashlib.sha256(data).hexdigest()) == data
 
 
 def test_an_id_of_a_file_names_its_job():

@@ -9,6 +9,8 @@ from redis import exceptions
 
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 from inferfleet.tasks.ledger import Ledger, as_unavailable
+from inferfleet.tasks.settings import Settings
+from inferfleet.tasks.stores import S3Store, open_store
 
 OLDEST = (6, 2)
 OVERRIDE = "or set allow_unsafe_redis = true (INFERFLEET_ALLOW_UNSAFE_REDIS=true) where losing jobs does not matter"
@@ -89,6 +91,13 @@ def complaints_about(standing: Standing) -> list[str]:
             "Fix: redis-cli CONFIG SET appendonly yes, and `appendonly yes` in redis.conf."
         )
     return found
+
+
+def check_store(settings: Settings, ledger: Ledger) -> None:
+    """Raises StoreMisconfigured for a bucket that refuses us, and StoreUnavailable for one that does not answer."""
+    store = open_store(settings, ledger)
+    if isinstance(store, S3Store):
+        store.check()
 
 
 def parsed(version: str) -> tuple[int, ...]:

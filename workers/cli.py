@@ -29,6 +29,7 @@ EXTRAS = {
     "fastapi": "api",
     "uvicorn": "api",
     "tokenizers": "api",
+    "boto3": "s3",
     "prometheus_client": "worker",
     "torch": "worker",
     "huggingface_hub": "worker",
@@ -83,7 +84,7 @@ def up(
     data: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Run everything on this machine: Redis (unless one is set), API, worker, webhooks. Ctrl-C drains and stops it."""
+    """Run everything on this machine: Redis (unless one is set), API, worker, batches, webhooks. Ctrl-C drains it."""
     from inferfleet.workers.cli_report import JsonReport, TextReport
     from inferfleet.workers.embedded import free_port
     from inferfleet.workers.up import Plan, run_up
@@ -125,6 +126,17 @@ def worker(model: Models = None) -> None:
 
     settings = load_settings({"models": named_models(model)})
     raise typer.Exit(run_worker(settings))
+
+
+@app.command()
+def batches() -> None:
+    """Run batches of /v1/batches: hand their lines to the queue, write their files. Needs no GPU and no model."""
+    from inferfleet.workers import logs
+    from inferfleet.workers.batches.runner import run_batches
+
+    settings = load_settings({})
+    logs.configure(settings.log_level, settings.log_format)
+    run_batches(settings)
 
 
 @app.command()

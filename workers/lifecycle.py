@@ -22,7 +22,7 @@ from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import ModelSpec, Settings
-from inferfleet.tasks.stores import RedisStore
+from inferfleet.tasks.stores import open_store
 from inferfleet.workers import logs
 from inferfleet.workers.app import FleetApp
 from inferfleet.workers.cancels import Cancels
@@ -80,7 +80,7 @@ class Lifecycle:
             load_seconds=settings.load_seconds,
         )
         self._meter.engines.residents = self._host.residents()
-        self._writer = OutputWriter(RedisStore(ledger, settings.result_ttl_seconds), self._publisher)
+        self._writer = OutputWriter(open_store(settings, ledger), self._publisher)
         self._seats = Seats(settings.slots, self._host.residents())
         doorbell = Doorbell(settings.redis_url, settings.namespace)
         self._porter = Porter(

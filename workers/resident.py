@@ -337,7 +337,6 @@ class Resident:
             self._num_steps += 1
             self.stats = step["stats"]
             aboard = self._aboard
-            self._owes_since = time.monotonic() if aboard else None
             self._in_doubt = False
             for delta in step["deltas"]:
                 if flight := aboard.get(delta["id"]):
@@ -348,8 +347,12 @@ class Resident:
                     flight.finish(done["usage"])
                     touched.append(flight)
             failed = [(flight, error) for error in step["errors"] if (flight := aboard.get(error["id"]))]
+            for flight, _ in failed:
+                flight.told = True
+            # What is still aboard because its words or pictures are on their way elsewhere is not the engine's debt.
+            owes = any(not flight.told for flight in aboard.values())
+            self._owes_since = time.monotonic() if owes else None
         for flight, error in failed:
-            flight.told = True
             flight.end(Ending.FAILED, _error(error["code"], error["message"], error["param"]))
         if touched:
             self._publisher.touch(touched, urgent=urgent)

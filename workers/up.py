@@ -3,7 +3,8 @@
 up ── redis-server (unless a Redis is given)
    ├─ inferfleet api
    ├─ inferfleet worker
-   └─ inferfleet webhooks
+    ├─ inferfleet batches
+    └─ inferfleet webhooks
 """
 
 import errno
@@ -73,7 +74,7 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. The children read the same settings as this process; `flags` go to both of them."""
+    """What to run. The children read the same settings as this process; `flags` go to API and worker."""
 
     folder: Path
     #: Models to wait for at the start, name -> path or hub id.
@@ -107,12 +108,13 @@ class Fleet:
     _deaths: deque[float] = field(default_factory=deque)
 
     def start(self) -> None:
-        """Redis first, then API, worker and webhooks at once, then waits until every model is loaded."""
+        """Redis first, then everything else at once, then waits until every model is loaded."""
         self._start_redis()
         ledger = Ledger.from_url(self.redis_url, self.plan.namespace)
         self._make_first_key(ledger)
         self._start_part("api")
         self._start_part("worker")
+        self._start_part("batches")
         self._start_part("webhooks")
         api, worker = self.children["api"], self.children["worker"]
         with ApiClient(self.plan.api_url, timeout=SHORT) as client:
@@ -178,7 +180,7 @@ class Fleet:
 
     def _start_part(self, name: str) -> None:
         address = ["--host", self.plan.host, "--port", str(self.plan.port)] if name == "api" else []
-        flags = () if name == "webhooks" else self.plan.flags  # it serves no model
+        flags = self.plan.flags if name in ("api", "worker") else ()  # the others serve no model
         command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *flags]
         env = {"INFERFLEET_REDIS_URL": self.redis_url}
         self.children[name] = start_child(name, command, log=self._log(name), env=env)

@@ -20,7 +20,7 @@ from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import ModelSpec, Settings
 from inferfleet.workers import logs
 from inferfleet.workers.app import FleetApp, WakingPool, make_app
-from inferfleet.workers.checks import check_redis
+from inferfleet.workers.checks import check_redis, check_store
 from inferfleet.workers.child import ENGINE_COMMAND
 from inferfleet.workers.lifecycle import Lifecycle
 
@@ -106,7 +106,8 @@ def run_worker(
 ) -> int:
     """Carry jobs of `models` (default: settings.models) until a signal; returns the exit status.
 
-    Raises SettingsError without models, RedisMisconfigured, LedgerUnavailable. Must be called in the main thread.
+    Raises SettingsError without models, RedisMisconfigured, LedgerUnavailable, StoreUnavailable. Must be called in the
+    main thread.
     """
     models = settings.models if models is None else models
     if not models:
@@ -117,6 +118,7 @@ def run_worker(
     log.info("redis_checked", version=standing.version, fsync=standing.fsync, durability=standing.durability)
     for complaint in complaints:
         log.warning("redis_unsafe", complaint=complaint)
+    check_store(settings, ledger)
     app = make_app(settings, [names.turn_queue(model, settings.namespace) for model in models])
     lifecycle = Lifecycle(settings, models, app, ledger, engine_command)
     worker = CeleryWorker.make(app, lifecycle.name, settings.slots, lifecycle.drain, lifecycle.hurry)

@@ -1,6 +1,18 @@
 """Where the files that jobs make are kept until their jobs are forgotten."""
 
+from inferfleet.tasks.stores.choice import open_async_store, open_store
 from inferfleet.tasks.stores.redis_store import AsyncRedisStore, RedisStore
+from inferfleet.tasks.stores.s3_store import AsyncS3Store, S3Store
 from inferfleet.tasks.stores.store import AsyncStore, Store, StoredObject
 
-__all__ = ["AsyncRedisStore", "AsyncStore", "RedisStore", "Store", "StoredObject"]
+__all__ = [
+    "AsyncRedisStore",
+    "AsyncS3Store",
+    "AsyncStore",
+    "RedisStore",
+    "S3Store",
+    "Store",
+    "StoredObject",
+    "open_async_store",
+    "open_store",
+]

@@ -58,6 +58,9 @@ class RedisStore:
     def forget(self, keys: Sequence[str]) -> None:
         self._ledger.run(forget(keys))
 
+    def presign(self, key: str, *, content_type: str, filename: str, seconds: int) -> None:
+        """Nobody but the fleet may ask its Redis."""
+
 
 class AsyncRedisStore:
     """The store for one event loop."""
@@ -77,3 +80,6 @@ class AsyncRedisStore:
 
     async def forget(self, keys: Sequence[str]) -> None:
         await self._ledger.run(forget(keys))
+
+    def presign(self, key: str, *, content_type: str, filename: str, seconds: int) -> None:
+        """As RedisStore.presign."""

@@ -43,6 +43,9 @@ class Store(Protocol):
     def forget(self, keys: Sequence[str]) -> None:
         """Delete files. One that is not there is no error."""
 
+    def presign(self, key: str, *, content_type: str, filename: str, seconds: int) -> str | None:
+        """A link to a file, good for so long, that needs no key of ours; None where only the API can give it."""
+
 
 class AsyncStore(Protocol):
     """The same for one event loop."""
@@ -57,6 +60,9 @@ class AsyncStore(Protocol):
 
     async def forget(self, keys: Sequence[str]) -> None:
         """As Store.forget."""
+
+    def presign(self, key: str, *, content_type: str, filename: str, seconds: int) -> str | None:
+        """As Store.presign."""
 
 
 def check_digest(key: str, data: bytes, sha256: str) -> bytes:

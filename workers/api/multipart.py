@@ -1,10 +1,10 @@
 """Reads a multipart/form-data body as it arrives, bounded in parts, headers and bytes. Knows no field names.
 
 Starlette's own reader spools files to disk and lets go of what does not fit a field; here everything is held in memory,
-within the limit that bodies have anyway, and whatever is odd is refused.
+within the limit that bodies have anyway, unless the caller takes it away as it comes; and whatever is odd is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Part:
     name: str
     is_file: bool
     data: bytearray = field(default_factory=bytearray)
+    filename: str = ""
 
     @property
     def text(self) -> str:
@@ -39,7 +40,11 @@ class Part:
             raise InvalidRequest(f"{self.name} must be UTF-8; byte {error.start} is not", param=self.name) from None
 
 
-async def read_form(request: Request, limit: int) -> list[Part]:
+#: Told after each chunk what has come so far: bytes that it takes out of a part are held no longer.
+Drain = Callable[[Sequence[Part]], Awaitable[None]]
+
+
+async def read_form(request: Request, limit: int, drain: Drain | None = None) -> list[Part]:
     """The parts of a multipart/form-data body of at most `limit` bytes, in their order.
 
     Raises UnsupportedMediaType, BodyTooLarge, InvalidRequest.
@@ -51,6 +56,8 @@ async def read_form(request: Request, limit: int) -> list[Part]:
     async for chunk in parts_of(request, limit):
         # After a refusal the rest is read and dropped: closing now would reset the connection before it is heard.
         problem = problem or _refusal(parser, chunk)
+        if drain is not None and problem is None:
+            problem = await _drained(drain, form.parts)
     if problem is not None:
         raise problem
     if not form.ended:
@@ -64,6 +71,14 @@ def _refusal(parser: MultipartParser, chunk: bytes) -> FleetError | None:
         parser.write(chunk)
     except FormParserError as error:
         return InvalidRequest(f"the multipart body is damaged: {printable(str(error))}")
+    except FleetError as error:
+        return error
+    return None
+
+
+async def _drained(drain: Drain, parts: Sequence[Part]) -> FleetError | None:
+    try:
+        await drain(parts)
     except FleetError as error:
         return error
     return None
@@ -117,7 +132,8 @@ class _Form:
             raise InvalidRequest(
                 f"every part needs Content-Disposition: form-data with a name of 1 to {MAX_NAME_BYTES} bytes"
             )
-        part = Part(printable(name.decode("utf-8", "backslashreplace")), b"filename" in options)
+        filename = printable(options.get(b"filename", b"").decode("utf-8", "backslashreplace"))
+        part = Part(printable(name.decode("utf-8", "backslashreplace")), b"filename" in options, filename=filename)
         if self._headers.get("content-transfer-encoding", b"binary").lower() not in (b"binary", b"8bit", b"7bit"):
             raise InvalidRequest(f"{part.name}: Content-Transfer-Encoding is not accepted", param=part.name)
         self.parts.append(part)

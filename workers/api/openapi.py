@@ -227,6 +227,7 @@ OUTPUT = answers(
             "content": {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}}
                         for kind in ("png", "jpeg", "webp")},
         },
+        "307": {"description": "the file is there for a minute: s3.public_links is set"},
         "304": {"description": "the client has it: its ETag was in If-None-Match"},
     },
     403, 404, 422,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from inferfleet.tasks import names, roster
 from inferfleet.tasks.errors import JobNotFound, OutputNotFound
@@ -17,6 +17,9 @@ from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.signing import check_signature
 
 router = APIRouter(tags=["jobs"])
+
+#: How long a link to the store works.
+LINK_SECONDS = 60
 
 Expires = Annotated[str | None, Query(max_length=20, description="Unix seconds, as the url came")]
 Signature = Annotated[str | None, Query(max_length=128, description="as the url came")]
@@ -32,6 +35,8 @@ async def get_output(
     headers = _headers(use, record, output)
     if headers["etag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
+    if (place := _elsewhere(use, output_id, output)) is not None:
+        return RedirectResponse(place, headers={"cache-control": "no-store"})
     data = await use.store.get(output_id, output["hash"].removeprefix("sha256:"))
     return Response(data, headers=headers, media_type=output["content_type"])
 
@@ -44,6 +49,15 @@ async def head_output(
     record, output = await _find(output_id, request, use, key, expires, signature)
     headers = {**_headers(use, record, output), "content-length": str(output["size_bytes"])}
     return Response(headers=headers, media_type=output["content_type"])
+
+
+def _elsewhere(use: Services, output_id: str, output: Mapping[str, Any]) -> str | None:
+    """A link to the store itself, where clients may go there. It works for a minute: whoever follows it does so now."""
+    if not use.settings.s3.public_links:
+        return None
+    kind = output["content_type"]
+    name = f"{output_id}.{kind.rpartition('/')[2]}"
+    return use.store.presign(output_id, content_type=kind, filename=name, seconds=LINK_SECONDS)
 
 
 async def _find(

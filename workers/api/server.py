@@ -17,9 +17,21 @@ from starlette.responses import HTMLResponse, Response
 from inferfleet.tasks.errors import FleetError, InvalidRequest, SetupError
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
-from inferfleet.tasks.stores import AsyncRedisStore
+from inferfleet.tasks.stores import open_async_store
 from inferfleet.workers import logs
-from inferfleet.workers.api import chat, health, images, jobs, models, openapi_webhooks, outputs, webhooks
+from inferfleet.workers.api import (
+    batches,
+    chat,
+    files,
+    health,
+    images,
+    jobs,
+    models,
+    openapi_files,
+    openapi_webhooks,
+    outputs,
+    webhooks,
+)
 from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
@@ -31,7 +43,7 @@ from inferfleet.workers.api.ringer import Ring, Ringer
 from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
-from inferfleet.workers.checks import check_redis
+from inferfleet.workers.checks import check_redis, check_store
 from inferfleet.workers.keys import is_loopback
 
 log = logs.get("api")
@@ -54,7 +66,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         hub, ringer = Hub(ledger, reader), Ringer(ring)
         door = Door(settings, ledger, ringer)
         keys_required = not is_loopback(settings.api_host)
-        store = AsyncRedisStore(ledger, settings.result_ttl_seconds)
+        store = open_async_store(settings, ledger)
         app.state.services = Services(settings, ledger, store, hub, door, metrics, keys_required)
         reading = asyncio.create_task(hub.run())
         try:
@@ -73,7 +85,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
     )
-    openai = (chat.router, images.router, models.router)
+    openai = (chat.router, images.router, files.router, batches.router, models.router)
     for router in (*openai, jobs.router, outputs.router, webhooks.router, health.router):
         app.include_router(router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
@@ -88,7 +100,8 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
 def serve(settings: Settings, ring: Ring) -> None:
     """Listens until SIGTERM or SIGINT, then lets running answers finish within drain_grace_seconds.
 
-    Raises NoApiKey, RedisMisconfigured, LedgerUnavailable, or SetupError when the address cannot be had.
+    Raises NoApiKey, RedisMisconfigured, LedgerUnavailable, StoreUnavailable, or SetupError when the address cannot be
+    had.
     """
     _check_setup(settings)
     app = create_app(settings, ring)
@@ -135,6 +148,7 @@ def _check_setup(settings: Settings) -> None:
         _, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
         for complaint in complaints:
             log.warning("redis_unsafe", complaint=complaint)
+        check_store(settings, ledger)
         if not is_loopback(settings.api_host) and not ledger.list_keys():
             raise NoApiKey(
                 f"api_host {settings.api_host} can be reached from other machines and there is no API key yet; "
@@ -191,7 +205,8 @@ def _describe(app: FastAPI) -> None:
 
     def with_components() -> dict[str, Any]:
         document = generate()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(components(*openapi_webhooks.MODELS))
+        schemas = components(*openapi_files.MODELS, *openapi_webhooks.MODELS)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas | openapi_files.forms(schemas))
         return document
 
     app.openapi = with_components  # type: ignore[method-assign]

@@ -1,0 +1,24 @@
+-- Put the ends of lines on the shelf, and forget their jobs. Writes batch, tail, batch_done, batch_failed, and what purge
+-- writes. Repeated after a lost reply it changes nothing, since it names the lines that were there before.
+-- ARGV: id, fence, lines before, marked text, completed, failed, output bytes, error bytes, input tokens, cached tokens,
+--       output tokens, number of lines n, their n numbers, n times '1' (it failed) or '', then ids of jobs to forget
+-- Answers stale | same | {bytes in the tail}
+local batch = run_batch(ARGV[1], ARGV[2])
+if not batch then return 'stale' end
+local n = tonumber(ARGV[12])
+if batch.lines ~= ARGV[3] then return 'same' end
+local tail = redis.call('APPEND', P .. 'tail:' .. batch.id, ARGV[4])
+local counted = {'completed', 'failed', 'output_bytes', 'error_bytes', 'input_tokens', 'cached_tokens', 'output_tokens'}
+for i, name in ipairs(counted) do
+  redis.call('HSET', batch.key, name, whole(tonumber(batch[name]) + tonumber(ARGV[4 + i])))
+end
+redis.call('HSET', batch.key, 'lines', whole(tonumber(batch.lines) + n))
+for i = 1, n do
+  redis.call('SETBIT', P .. 'batch_done:' .. batch.id, ARGV[12 + i], 1)
+  if ARGV[12 + n + i] ~= '' then redis.call('SETBIT', P .. 'batch_failed:' .. batch.id, ARGV[12 + i], 1) end
+end
+for i = 13 + 2 * n, #ARGV do
+  local job = load(ARGV[i])
+  if job and TERMINAL[job.state] then purge(job) end
+end
+return {tail}

@@ -1,0 +1,143 @@
+"""The part of the OpenAPI document that is about files and batches."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from inferfleet.tasks.batches import Status
+from inferfleet.tasks.contracts.batches import BatchRequest, FileFields, RetryRequest
+from inferfleet.workers.api.openapi import answer, answers, body, header, ref
+
+FORM = "FileForm"
+KEY = header("Idempotency-Key", "1 to 255 printable characters; the same key and body give the same object")
+_BODY_ERRORS = (400, 413, 415, 422)
+
+
+class FileAnswer(BaseModel):
+    """OpenAI's file."""
+
+    id: str
+    object: str
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None
+
+
+class FilePageAnswer(BaseModel):
+    object: str
+    data: list[FileAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class BatchError(BaseModel):
+    """Why an input file was refused; `line` counts from 1."""
+
+    code: str
+    line: int | None
+    message: str
+    param: str | None
+
+
+class BatchErrors(BaseModel):
+    object: str
+    data: list[BatchError]
+
+
+class BatchCounts(BaseModel):
+    """Lines of the input, of the output file and of the error file."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchFacts(BaseModel):
+    """What is not OpenAI's: the priority among batches, and the batch whose failed lines this one runs again."""
+
+    priority: int
+    retry_of: str | None
+
+
+class BatchAnswer(BaseModel):
+    """OpenAI's batch."""
+
+    id: str
+    object: str
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Status
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: dict[str, Any]
+    metadata: dict[str, str] | None
+    x_fleet: BatchFacts
+
+
+class BatchPageAnswer(BaseModel):
+    object: str
+    data: list[BatchAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+MODELS: tuple[type[BaseModel], ...] = (
+    FileFields, FileAnswer, FilePageAnswer, BatchRequest, RetryRequest, BatchAnswer, BatchPageAnswer,
+)  # fmt: skip
+
+
+def forms(schemas: dict[str, Any]) -> dict[str, Any]:
+    """The schemas of forms, from those of their text fields."""
+    fields = schemas[FileFields.__name__]
+    properties = {**fields["properties"], "file": {"type": "string", "format": "binary"}}
+    text = "An upload; expires_after is written as expires_after[anchor] and expires_after[seconds]."
+    form = {**fields, "title": FORM, "description": text, "properties": properties}
+    return {FORM: {**form, "required": [*fields["required"], "file"]}}
+
+
+CREATE_FILE = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": ref(FORM)}}},
+    "parameters": [KEY],
+} | answers({"200": answer("the file", FileAnswer)}, *_BODY_ERRORS, 409)
+LIST_FILES = answers({"200": answer("one page", FilePageAnswer)}, 404, 422)
+GET_FILE = answers({"200": answer("the file", FileAnswer)}, 404)
+FILE_CONTENT = answers(
+    {
+        "200": {
+            "description": "the file's bytes",
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+    404,
+)
+DELETE_FILE = answers({"200": {"description": "gone"}}, 404, 409)
+_BATCH = answer("the batch", BatchAnswer)
+CREATE_BATCH = body(BatchRequest) | {"parameters": [KEY]} | answers({"200": _BATCH}, *_BODY_ERRORS, 404, 409)
+LIST_BATCHES = answers({"200": answer("one page", BatchPageAnswer)}, 404, 422)
+GET_BATCH = answers({"200": _BATCH}, 404)
+CANCEL_BATCH = answers({"200": answer("the batch, cancelling or cancelled", BatchAnswer)}, 404, 409)
+RETRY_BATCH = (
+    body(RetryRequest)
+    | {"parameters": [KEY]}
+    | answers({"200": answer("the new batch", BatchAnswer)}, *_BODY_ERRORS, 404, 409)
+)
+RESULTS = answers({"200": answer("lines as JSON, one each", media="application/x-ndjson")}, 404, 422)
