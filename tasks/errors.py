@@ -15,6 +15,7 @@
     ├── NotFound
     │   ├── ModelNotFound                404 model_not_found
     │   ├── JobNotFound                  404 job_not_found
+    │   ├── ResponseNotFound             404 response_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
@@ -158,6 +159,12 @@ class JobNotFound(NotFound):
     """There is no job with this id."""
 
     code = "job_not_found"
+
+
+class ResponseNotFound(NotFound):
+    """There is no response with this id."""
+
+    code = "response_not_found"
 
 
 class OutputNotFound(NotFound):

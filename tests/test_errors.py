@@ -22,6 +22,7 @@ CODES = {
     "unsupported_media_type": 415,
     "model_not_found": 404,
     "job_not_found": 404,
+    "response_not_found": 404,
     "output_not_found": 404,
     "output_damaged": 500,
     "idempotency_key_reuse": 409,

@@ -12,6 +12,7 @@ from inferfleet.tasks.contracts.images import (
     parse_images,
 )
 from inferfleet.tasks.contracts.jobs import Body, JobRequest, body_hash, parse_job
+from inferfleet.tasks.contracts.responses import InputMessage, ResponseRequest, parse_response
 
 __all__ = [
     "MAX_TOKENS",
@@ -22,8 +23,10 @@ __all__ = [
     "ImageEditRequest",
     "ImageGenerationRequest",
     "ImageRequest",
+    "InputMessage",
     "JobRequest",
     "Priority",
+    "ResponseRequest",
     "UnixSeconds",
     "body_hash",
     "check_card",
@@ -32,6 +35,7 @@ __all__ = [
     "parse_edit",
     "parse_images",
     "parse_job",
+    "parse_response",
     "text_bytes",
     "validated",
 ]
