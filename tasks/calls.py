@@ -187,6 +187,17 @@ def get(job_id: str, tenant: str | None = None) -> Call[JobRecord]:
     return Call("get", (job_id, opt(tenant), *RECORD_FIELDS), parse)
 
 
+def envelope(job_id: str, tenant: str | None = None) -> Call[bytes]:
+    """A job as it was submitted. Another tenant's job is not found."""
+
+    def parse(answer: list[Any] | None) -> bytes:
+        if answer is None:
+            raise JobNotFound(param="job_id")
+        return bytes(answer[0][0])
+
+    return Call("get", (job_id, opt(tenant), "envelope"), parse)
+
+
 def record(job_id: str, fields: Sequence[str], values: Sequence[bytes | None], **extra: int | None) -> JobRecord:
     raw = {name: value or None for name, value in zip(fields, values, strict=True)}
     data: dict[str, Any] = {"response": None, **extra}

@@ -20,6 +20,7 @@
     │   ├── DeliveryNotFound             404 webhook_delivery_not_found
     │   ├── BatchNotFound                404 batch_not_found
     │   ├── FileNotFound                 404 file_not_found
+    │   ├── ResponseNotFound             404 response_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
     ├── Conflict                         the job's state forbids it
@@ -190,6 +191,12 @@ class FileNotFound(NotFound):
     """There is no file with this id."""
 
     code = "file_not_found"
+
+
+class ResponseNotFound(NotFound):
+    """There is no response with this id."""
+
+    code = "response_not_found"
 
 
 class OutputNotFound(NotFound):

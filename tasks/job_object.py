@@ -121,8 +121,11 @@ class Job(BaseModel):
 
     @property
     def text(self) -> str:
-        """The first answer's text. Raises like `result`."""
-        return str(self.result()["choices"][0]["message"]["content"])
+        """The first answer's text, of a chat or a response. Raises like `result`."""
+        body = self.result()
+        if self.endpoint == names.RESPONSES_URL:
+            return str(body["output"][0]["content"][0]["text"])
+        return str(body["choices"][0]["message"]["content"])
 
 
 def to_job_object(

@@ -27,6 +27,7 @@ PROGRESS = "job.progress"
 PREVIEW = "job.preview"
 OUTPUT = "job.output"
 CHAT_URL = "/v1/chat/completions"
+RESPONSES_URL = "/v1/responses"
 IMAGES_URL = "/v1/images/generations"
 EDITS_URL = "/v1/images/edits"
 
@@ -54,6 +55,17 @@ def new_job_id() -> str:
 def request_id(job_id: str) -> str:
     """The `req_...` id that a job's response carries."""
     return f"req_{job_id.removeprefix('job_')}"
+
+
+def response_id(job_id: str) -> str:
+    """The `resp_...` id of the response that a job of RESPONSES_URL makes."""
+    return f"resp_{job_id.removeprefix('job_')}"
+
+
+def job_of_response(response: str) -> str | None:
+    """The job whose response this may be; None for what is no id of a response."""
+    found = re.fullmatch(r"resp_([0-9a-f]{32})", response)
+    return f"job_{found[1]}" if found else None
 
 
 def output_id(job_id: str, fence: int, index: int) -> str:

@@ -1,10 +1,11 @@
 """A scripted engine that speaks the real one's protocol: `python fake_engine.py --fd N`. No model, no torch.
 
 Token n of answer i is a hash of (seed, i, n), so whoever goes on after a crash must say the same. It obeys words in the
-last message: `tokens=N` (answer length), `step=S` (seconds a step while it runs), `fail`, `exit=N` and `hang=N` (at
-token N), `exit_once=FILE` and `hang_once=FILE` (at token 3, unless FILE exists, which it makes). The path of the model
-obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds), `parts=N` (told so many times),
-`slices=A,B` (what its card offers). A request for a slice is answered as if its seed were "slice:seed".
+last message: `tokens=N` (answer length), `cut` (ends as if by its limit), `step=S` (seconds a step while it runs),
+`fail`, `exit=N` and `hang=N` (at token N), `exit_once=FILE` and `hang_once=FILE` (at token 3, unless FILE exists, which
+it makes). The path of the model obeys too: `refuse` (cannot load), `die` (dies while loading), `load=S` (seconds),
+`parts=N` (told so many times), `slices=A,B` (what its card offers). A request for a slice is answered as if its seed
+were "slice:seed".
 
 With `image` in its path it is an image model: see fake_pictures.py.
 """
@@ -86,7 +87,8 @@ class Answer:
             if said < self.length:
                 self.said[index] += 1
                 done = said + 1 == self.length
-                deltas.append(self.delta(index, [token(self.seed, index, said)], "stop" if done else None))
+                end = "length" if "cut" in self.options else "stop"
+                deltas.append(self.delta(index, [token(self.seed, index, said)], end if done else None))
             elif said == self.length and not deltas and self.done:
                 deltas.append(self.delta(index, [], "stop"))
         return deltas

@@ -15,9 +15,10 @@ from hand_painter import CARD as PAINTER
 from hand_painter import paint
 
 from inferfleet.tasks import errors
-from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, ResponseRequest
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.records import Claim
+from inferfleet.tasks.response_object import response_object, usage_object
 
 CARD = {
     "kind": "text",
@@ -81,26 +82,44 @@ class HandWorker(threading.Thread):
 
     def _carry(self, claim: Claim) -> None:
         job = JobRequest.model_validate_json(claim.envelope)
-        is_chat = isinstance(job.body, ChatCompletionRequest)
-        verb, *words = (str(job.body.messages[-1].content) if is_chat else job.body.prompt).split(" ")
+        chat = self._chat_of(job)
+        verb, *words = (job.body.prompt if chat is None else str(chat.messages[-1].content)).split(" ")
         if verb == "fail":
             error = errors.BY_CODE[words[0]]("it broke").to_dict()
             self.ledger.complete(claim.job_id, claim.fence, state="failed", error=error)
             return
-        if not is_chat:
+        if chat is None:
             paint(self.ledger, claim, job.body, until_cancelled=self._wait_for_cancel if verb == "hold" else None)
             return
-        choices = range(job.body.n or 1)
+        choices = range(chat.n or 1)
         for number, word in enumerate(words):
             last = verb == "say" and number == len(words) - 1
-            events = [self._delta(job, index, word, number, last) for index in choices]
+            events = [self._delta(chat, index, word, number, last) for index in choices]
             self.ledger.publish(claim.job_id, claim.fence, events, f"{claim.fence}.{number}")
         if verb == "hold":
             self._wait_for_cancel(claim)
             return
-        body = json.dumps(self._completion(claim, job, " ".join(words), len(words))).encode()
-        usage = self._usage(len(words))
+        text, usage = " ".join(words), self._usage(len(words))
+        if isinstance(job.body, ResponseRequest):
+            self._respond(claim, job.body, text, len(words))
+            return
+        body = json.dumps(self._completion(claim, chat, text, len(words))).encode()
         self.ledger.complete(claim.job_id, claim.fence, state="completed", response=body, usage=usage)
+
+    @staticmethod
+    def _chat_of(job: JobRequest) -> ChatCompletionRequest | None:
+        """None for an image job."""
+        if isinstance(job.body, ResponseRequest):
+            return job.body.chat()
+        return job.body if isinstance(job.body, ChatCompletionRequest) else None
+
+    def _respond(self, claim: Claim, asked: ResponseRequest, text: str, tokens: int) -> None:
+        """An answer of as many tokens as were allowed counts as cut."""
+        status = "incomplete" if tokens == asked.max_output_tokens else "completed"
+        usage, created = usage_object(3, 0, tokens), claim.created_ms // 1000
+        made = response_object(asked, claim.job_id, created, status, text=text, usage=usage, completed_at=created)
+        body = json.dumps(made).encode()
+        self.ledger.complete(claim.job_id, claim.fence, state=status, response=body, usage=usage)
 
     def _wait_for_cancel(self, claim: Claim) -> None:
         pause = threading.Event()
@@ -112,14 +131,14 @@ class HandWorker(threading.Thread):
                 return
             pause.wait(0.02)
 
-    def _delta(self, job: JobRequest, index: int, word: str, number: int, last: bool) -> dict[str, Any]:
+    def _delta(self, chat: ChatCompletionRequest, index: int, word: str, number: int, last: bool) -> dict[str, Any]:
         text = word if number == 0 else f" {word}"
         return {
             "type": "response.output_text.delta",
             "index": index,
             "delta": text,
             "token_ids": [number],
-            "logprobs": [self._logprob(text)] if job.body.logprobs else None,
+            "logprobs": [self._logprob(text)] if chat.logprobs else None,
             "finish_reason": "stop" if last else None,
         }
 
@@ -132,15 +151,15 @@ class HandWorker(threading.Thread):
     def _usage(tokens: int) -> dict[str, Any]:
         return {"prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens}
 
-    def _completion(self, claim: Claim, job: JobRequest, text: str, tokens: int) -> dict[str, Any]:
+    def _completion(self, claim: Claim, chat: ChatCompletionRequest, text: str, tokens: int) -> dict[str, Any]:
         words = [f" {word}" if number else word for number, word in enumerate(text.split(" "))]
-        logprobs = {"content": [self._logprob(word) for word in words], "refusal": None} if job.body.logprobs else None
+        logprobs = {"content": [self._logprob(word) for word in words], "refusal": None} if chat.logprobs else None
         choice = {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
         return {
             "id": f"chatcmpl-{claim.job_id.removeprefix('job_')}",
             "object": "chat.completion",
             "created": claim.created_ms // 1000,
-            "model": job.body.model,
-            "choices": [{"index": index, **choice, "finish_reason": "stop"} for index in range(job.body.n or 1)],
+            "model": chat.model,
+            "choices": [{"index": index, **choice, "finish_reason": "stop"} for index in range(chat.n or 1)],
             "usage": self._usage(tokens),
         }

@@ -123,6 +123,49 @@ def test_the_scrape_shows_what_workers_counted(fleet, api):
     assert line.endswith(" 7.0")
 
 
+# Responses -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_in_the_background_survives_its_worker_its_api_and_redis_word_for_word(own_redis, tmp_path):
+    # Given a response that is being written,
+    fleet = Fleet(own_redis.url, tmp_path)
+    first = fleet.start_worker()
+    with api_of_workers(own_redis.url, "test") as api:
+        words = "tokens=80 step=0.03"
+        stream = api.sdk().responses.create(model="m", input=words, background=True, stream=True)
+        seen = [next(stream) for _ in range(8)]
+        response_id, place = seen[0].response.id, seen[-1].sequence_number
+
+    # when the API is gone, the worker is killed and so is Redis,
+    first.kill()
+    own_redis.kill()
+    own_redis.start()
+    fleet.start_worker()
+
+    # then another API gives the rest, behind the last number that was seen.
+    with api_of_workers(own_redis.url, "test") as api:
+        rest = list(api.sdk().responses.retrieve(response_id, stream=True, starting_after=place))
+        done = api.sdk().responses.retrieve(response_id)
+    fleet.close()
+    events = seen + rest
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == done.output_text == answer(seed_of("job_" + response_id.removeprefix("resp_")), 80)
+    assert rest[-1].type == "response.completed"
+    assert done.usage.output_tokens == 80
+
+
+def test_a_response_cut_at_its_limit_is_incomplete(fleet, api):
+    fleet.start_worker()
+
+    done = api.sdk().responses.create(model="m", input="tokens=20 cut", max_output_tokens=20)
+    whole = api.sdk().responses.create(model="m", input="tokens=20", instructions="x", max_output_tokens=50)
+
+    assert (whole.status, whole.usage.output_tokens) == ("completed", 20)
+    assert done.output_text == answer(seed_of("job_" + done.id.removeprefix("resp_")), 20)
+    assert (done.status, done.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
 def counters(http: httpx2.Client, model: str) -> dict[str, float]:
     """Samples of one model on the page of metrics, by name."""
     lines = [line for line in http.get("/metrics").text.splitlines() if f'model_name="{model}"' in line]

@@ -23,6 +23,7 @@ CODES = {
     "url_not_allowed": 422,
     "model_not_found": 404,
     "job_not_found": 404,
+    "response_not_found": 404,
     "output_not_found": 404,
     "batch_not_found": 404,
     "batch_state": 409,

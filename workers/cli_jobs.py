@@ -158,9 +158,12 @@ def print_job(job: dict[str, Any]) -> None:
     if error := job.get("error"):
         facts.append(("error", f"{error['code']}: {error['message']}"))
     print_facts(facts)
-    for choice in ((job.get("response") or {}).get("body") or {}).get("choices", []):
+    body = (job.get("response") or {}).get("body") or {}
+    texts = [choice["message"]["content"] or "" for choice in body.get("choices", [])]
+    texts += [part["text"] for item in body.get("output", []) for part in item["content"]]
+    for text in texts:
         out.print()
-        out.print(choice["message"]["content"] or "", markup=False)
+        out.print(text, markup=False)
 
 
 def _picture(output: dict[str, Any]) -> str:

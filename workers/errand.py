@@ -1,6 +1,6 @@
 """A claimed job that this worker carries: its flight, what its engine is asked for, and what is answered in the end.
 
-There is a kind for each kind of body: ChatErrand, ImageErrand.
+There is a kind for each kind of body: ChatErrand, ResponseErrand, ImageErrand.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from inferfleet.tasks.contracts import JobRequest
+from inferfleet.tasks.names import State
 from inferfleet.tasks.records import Claim, Output
 from inferfleet.workers.flight import Flight
 
@@ -34,6 +35,11 @@ class Errand(ABC):
     def weight(self) -> int:
         """How many seats it fills: see Seats."""
         return 1
+
+    @property
+    def state(self) -> State:
+        """What its job ends as when its engine has said all."""
+        return "completed"
 
     @abstractmethod
     def request(self) -> dict[str, Any]:

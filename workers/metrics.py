@@ -98,7 +98,7 @@ class Meter:
         self._run.labels(model).observe(run)
         self._whole.labels(model).observe(queued + run)
         self._steps.labels(model).inc(flight.num_steps)
-        if state == "completed":
+        if state in ("completed", "incomplete"):
             self._pictures.labels(model).inc(flight.num_pictures_made)
             for reason in flight.finish_reasons:
                 self._reasons.labels(model, reason).inc()

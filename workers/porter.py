@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from inferfleet.tasks import errors
-from inferfleet.tasks.contracts import ImageRequest, check_card
+from inferfleet.tasks.contracts import ImageRequest, ResponseRequest, check_card
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.records import Claim
@@ -26,7 +26,7 @@ from inferfleet.workers.metrics import Meter
 from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.patience import until_answered
 from inferfleet.workers.pictures import ImageErrand
-from inferfleet.workers.requests import ChatErrand
+from inferfleet.workers.requests import ChatErrand, ResponseErrand
 from inferfleet.workers.resident import Resident, State
 from inferfleet.workers.seats import Seats
 
@@ -136,6 +136,8 @@ class Porter:
         except errors.InvalidRequest as error:
             self._complete(claim, "failed", error=error.to_dict())
             return None
+        if isinstance(job.body, ResponseRequest):
+            return ResponseErrand(claim, job, resident.card, job.body)
         if not isinstance(job.body, ImageRequest):
             return ChatErrand(claim, job, resident.card, job.body)
         limit = self._settings.max_result_bytes
@@ -185,7 +187,7 @@ class Porter:
             response = requests.to_bytes(errand.answer())
         except errors.EngineError as error:
             return self._complete(claim, "failed", errand, error=error.to_dict())
-        return self._complete(claim, "completed", errand, response=response)
+        return self._complete(claim, errand.state, errand, response=response)
 
     def _complete(
         self,

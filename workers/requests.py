@@ -4,11 +4,14 @@ Knows both shapes and nothing else. Image jobs have theirs in pictures.py.
 """
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, ResponseRequest
+from inferfleet.tasks.names import State
 from inferfleet.tasks.records import Claim
+from inferfleet.tasks.response_object import Status, response_object, usage_object
 from inferfleet.workers.chat_flight import ChatFlight, Choice
 from inferfleet.workers.errand import Card, Errand
 from inferfleet.workers.flight import seed_of
@@ -49,6 +52,40 @@ class ChatErrand(Errand):
 
     def answer(self) -> dict[str, Any]:
         return completion(self._flight, created=self.claim.created_ms // 1000)
+
+
+class ResponseErrand(ChatErrand):
+    """A response: carried as a chat, answered as OpenAI's response object."""
+
+    def __init__(self, claim: Claim, job: JobRequest, card: Card, body: ResponseRequest) -> None:
+        super().__init__(claim, job, card, body.chat())
+        self._asked = body
+
+    @property
+    def state(self) -> State:
+        """An answer that was cut ends its job as incomplete."""
+        cut = any(choice.finish_reason == "length" for choice in self.flight.choices.values())
+        return "incomplete" if cut else "completed"
+
+    def usage(self) -> dict[str, Any]:
+        usage = super().usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return usage_object(usage["prompt_tokens"], cached, usage["completion_tokens"])
+
+    def answer(self) -> dict[str, Any]:
+        status: Status = "incomplete" if self.state == "incomplete" else "completed"
+        text = "".join(choice.text for choice in self.flight.choices.values())
+        # By the ledger's clock, which the claim told, not by this machine's.
+        now = self.claim.now_ms / 1000 + time.monotonic() - self.flight.claimed_at
+        return response_object(
+            self._asked,
+            self.claim.job_id,
+            self.claim.created_ms // 1000,
+            status,
+            text=text,
+            usage=self.usage(),
+            completed_at=int(now),
+        )
 
 
 def usage_of(flight: ChatFlight) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from inferfleet.tasks.contracts.images import (
 )
 from inferfleet.tasks.contracts.jobs import Body, JobRequest, body_hash, parse_job
 from inferfleet.tasks.contracts.webhooks import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
+from inferfleet.tasks.contracts.responses import InputMessage, ResponseRequest, parse_response
 
 __all__ = [
     "MAX_TOKENS",
@@ -26,9 +27,11 @@ __all__ = [
     "ImageEditRequest",
     "ImageGenerationRequest",
     "ImageRequest",
+    "InputMessage",
     "JobRequest",
     "Priority",
     "SecretRotation",
+    "ResponseRequest",
     "UnixSeconds",
     "body_hash",
     "check_card",
@@ -37,6 +40,7 @@ __all__ = [
     "parse_edit",
     "parse_images",
     "parse_job",
+    "parse_response",
     "text_bytes",
     "validated",
 ]

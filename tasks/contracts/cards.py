@@ -7,10 +7,11 @@ from inferfleet.tasks import names
 from inferfleet.tasks.contracts.chat import ChatCompletionRequest, Message
 from inferfleet.tasks.contracts.images import ImageRequest
 from inferfleet.tasks.contracts.jobs import Body
+from inferfleet.tasks.contracts.responses import ResponseRequest, in_own_names
 from inferfleet.tasks.errors import ContextLengthExceeded, InvalidRequest
 
 #: Kind of a model -> where its jobs go.
-URLS = {"text": names.CHAT_URL, "image": f"{names.IMAGES_URL} or {names.EDITS_URL}"}
+URLS = {"text": f"{names.CHAT_URL} or {names.RESPONSES_URL}", "image": f"{names.IMAGES_URL} or {names.EDITS_URL}"}
 
 
 def check_card(request: Body, card: Mapping[str, Any]) -> None:
@@ -22,6 +23,9 @@ def check_card(request: Body, card: Mapping[str, Any]) -> None:
         raise InvalidRequest(f"{request.model!r} is a model of kind {of_model}: its jobs go to {url}", param="model")
     if isinstance(request, ImageRequest):
         check_image(request, card)
+    elif isinstance(request, ResponseRequest):
+        with in_own_names():
+            check_chat(request.chat(), card)
     else:
         check_chat(request, card)
 

@@ -5,7 +5,7 @@ that exists is a valid one, so the worker and the engine need not ask again.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -93,6 +93,21 @@ def validated(contract: type[C], values: Any) -> C:
         return contract.model_validate(values)
     except ValidationError as error:
         raise described(error) from None
+
+
+def served(body: Any, unserved: Mapping[str, tuple[tuple[Any, ...], str]]) -> Any:
+    """A body without the fields that nothing here answers to.
+
+    unserved: field -> values that change nothing, and what to use instead of any other; that raises a complaint.
+    """
+    if not isinstance(body, dict):
+        return body
+    for name, (harmless, instead) in unserved.items():
+        value = body.get(name)
+        if value is not None and not any(type(value) is type(same) and value == same for same in harmless):
+            raise unsupported(f"{name} is not served: {instead}", name)
+    # A null is the SDK's way of saying "not given".
+    return {name: value for name, value in body.items() if name not in unserved}
 
 
 def refused(message: str, field: str | None = None) -> PydanticCustomError:

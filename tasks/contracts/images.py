@@ -15,7 +15,7 @@ from inferfleet.tasks.contracts.contract import (
     QueueOptions,
     User,
     refused,
-    unsupported,
+    served,
     validated,
 )
 from inferfleet.tasks.picture_header import NoPicture, PictureHeader, read_header
@@ -103,13 +103,7 @@ class ImageRequest(QueueOptions):
     @model_validator(mode="before")
     @classmethod
     def refuse_unserved(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, (harmless, instead) in UNSERVED.items():
-            value = body.get(name)
-            if value is not None and not any(type(value) is type(same) and value == same for same in harmless):
-                raise unsupported(f"{name} is not served: {instead}", name)
-        return {name: value for name, value in body.items() if name not in UNSERVED}
+        return served(body, UNSERVED)
 
     @field_validator("size")
     @classmethod

@@ -10,11 +10,13 @@ from inferfleet.tasks import names, strict_json
 from inferfleet.tasks.contracts.chat import ChatCompletionRequest
 from inferfleet.tasks.contracts.contract import TIERS, QueueOptions, Timeout, validated
 from inferfleet.tasks.contracts.images import ImageEditRequest, ImageGenerationRequest
+from inferfleet.tasks.contracts.responses import ResponseRequest
 
-Body = ChatCompletionRequest | ImageGenerationRequest | ImageEditRequest
+Body = ChatCompletionRequest | ResponseRequest | ImageGenerationRequest | ImageEditRequest
 
 BODIES: dict[str, type[Body]] = {
     names.CHAT_URL: ChatCompletionRequest,
+    names.RESPONSES_URL: ResponseRequest,
     names.IMAGES_URL: ImageGenerationRequest,
     names.EDITS_URL: ImageEditRequest,
 }
@@ -25,7 +27,9 @@ class JobRequest(QueueOptions):
 
     custom_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     method: Literal["POST"] = "POST"
-    url: Literal["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"] = "/v1/chat/completions"
+    url: Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"] = (
+        "/v1/chat/completions"
+    )
     #: Of the class that belongs to the url.
     body: Body
     #: Seconds that the job may wait before its first start.
@@ -36,7 +40,7 @@ class JobRequest(QueueOptions):
     @field_validator("body", mode="before")
     @classmethod
     def of_its_url(cls, body: Any, info: ValidationInfo) -> Any:
-        """One class is asked, not all three, so that a complaint names the path in the body that was meant."""
+        """One class is asked, not all, so that a complaint names the path in the body that was meant."""
         kind = BODIES.get(info.data.get("url", ""))
         # Without a kind the url was refused already, and that is the first complaint.
         return body if kind is None else kind.model_validate(body)

@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from inferfleet.tasks import names
-from inferfleet.tasks.contracts import Body, ChatCompletionRequest, ImageEditRequest, JobRequest, body_hash, check_card
+from inferfleet.tasks.contracts import (
+    Body,
+    ChatCompletionRequest,
+    ImageEditRequest,
+    JobRequest,
+    ResponseRequest,
+    body_hash,
+    check_card,
+)
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID
+from inferfleet.tasks.contracts.responses import in_own_names
 from inferfleet.tasks.errors import ModelNotFound
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Submitted
@@ -61,7 +70,10 @@ class Door:
         """Raises ModelNotFound, InvalidRequest or ContextLengthExceeded, each naming the field and the limit."""
         card = await self._card(request.model)
         check_card(request, card)
-        if isinstance(request, ChatCompletionRequest):
+        if isinstance(request, ResponseRequest):
+            with in_own_names():
+                await self._counter.check(request.chat(), card.get("max_model_len"))
+        elif isinstance(request, ChatCompletionRequest):
             await self._counter.check(request, card.get("max_model_len"))
 
     async def submit(

@@ -12,6 +12,7 @@ from inferfleet.tasks.contracts import (
     ImageGenerationRequest,
     JobRequest,
     Priority,
+    ResponseRequest,
     UnixSeconds,
 )
 from inferfleet.tasks.job_object import Job
@@ -56,6 +57,32 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: dict[str, Any]
+
+
+class ResponseAnswer(BaseModel):
+    """The `response` object of OpenAI; `output` holds one message once it has ended by itself."""
+
+    id: str
+    object: str
+    created_at: int
+    status: str
+    background: bool
+    model: str
+    output: list[dict[str, Any]]
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+    usage: dict[str, Any] | None
+    metadata: dict[str, str]
+
+
+class InputItems(BaseModel):
+    """Messages, the last first unless asked otherwise."""
+
+    object: str
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class PictureData(BaseModel):
@@ -141,8 +168,8 @@ class ModelList(BaseModel):
 
 
 MODELS: tuple[type[BaseModel], ...] = (
-    ChatCompletionRequest, ChatCompletion, ImageGenerationRequest, ImageEditRequest, ImagesAnswer, JobRequest,
-    JobUpdate, Job, JobPageAnswer, ModelCard, ModelList, ErrorAnswer,
+    ChatCompletionRequest, ChatCompletion, ResponseRequest, ResponseAnswer, InputItems, ImageGenerationRequest,
+    ImageEditRequest, ImagesAnswer, JobRequest, JobUpdate, Job, JobPageAnswer, ModelCard, ModelList, ErrorAnswer,
 )  # fmt: skip
 
 
@@ -213,6 +240,20 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
     },
     *BODY_ERRORS, 404, 409, 429, 504,
 )  # fmt: skip
+_STREAMED = {
+    "description": "the response; with `stream` its events as server-sent events with `sequence_number`",
+    "content": {
+        "application/json": {"schema": ref(ResponseAnswer)},
+        "text/event-stream": {"schema": {"type": "string"}},
+    },
+}
+CREATE_RESPONSE = body(ResponseRequest) | {"parameters": [KEY]} | answers(
+    {"200": _STREAMED}, *_BODY_ERRORS, 404, 409, 429, 504
+)  # fmt: skip
+GET_RESPONSE = answers({"200": _STREAMED}, 404, 422)
+CANCEL_RESPONSE = answers({"200": answer("the response, cancelled or as it ended", ResponseAnswer)}, 404, 422)
+DELETE_RESPONSE = answers({"200": {"description": "gone"}}, 404, 409)
+INPUT_ITEMS = answers({"200": answer("one page", InputItems)}, 404, 422)
 _IMAGE_ANSWERS = answers(
     {"200": answer("the pictures, as urls or in base64", ImagesAnswer), "202": _ACCEPTED},
     *BODY_ERRORS, 404, 409, 429, 504,

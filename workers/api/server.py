@@ -30,6 +30,7 @@ from inferfleet.workers.api import (
     openapi_files,
     openapi_webhooks,
     outputs,
+    response_routes,
     webhooks,
 )
 from inferfleet.workers.api.auth import NoApiKey
@@ -85,9 +86,9 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
     )
-    openai = (chat.router, images.router, files.router, batches.router, models.router)
-    for router in (*openai, jobs.router, outputs.router, webhooks.router, health.router):
-        app.include_router(router)
+    openai = (chat, response_routes, images, files, batches, models)
+    for module in (*openai, jobs, outputs, webhooks, health):
+        app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)
     app.add_exception_handler(FleetError, _on_fleet_error)
