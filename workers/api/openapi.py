@@ -146,9 +146,9 @@ MODELS: tuple[type[BaseModel], ...] = (
 )  # fmt: skip
 
 
-def components() -> dict[str, Any]:
-    """The schemas that the routes below refer to."""
-    wanted = [(model, "validation") for model in MODELS]
+def components(*more: type[BaseModel]) -> dict[str, Any]:
+    """The schemas that the routes below refer to, and `more`."""
+    wanted = [(model, "validation") for model in (*MODELS, *more)]
     _, document = models_json_schema(wanted, ref_template=REF)  # type: ignore[arg-type]
     schemas: dict[str, Any] = document["$defs"]
     schemas[EDIT_FORM] = edit_form(schemas[ImageEditRequest.__name__])

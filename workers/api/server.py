@@ -19,7 +19,7 @@ from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledge
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import AsyncRedisStore
 from inferfleet.workers import logs
-from inferfleet.workers.api import chat, health, images, jobs, models, outputs
+from inferfleet.workers.api import chat, dead_letters, health, images, jobs, models, openapi_dead, outputs
 from inferfleet.workers.api.auth import NoApiKey
 from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
@@ -73,8 +73,8 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
     )
-    for router in (chat.router, images.router, jobs.router, outputs.router, models.router, health.router):
-        app.include_router(router)
+    for part in (chat, images, jobs, dead_letters, outputs, models, health):
+        app.include_router(part.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)
     app.add_exception_handler(FleetError, _on_fleet_error)
@@ -190,7 +190,7 @@ def _describe(app: FastAPI) -> None:
 
     def with_components() -> dict[str, Any]:
         document = generate()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(components())
+        document.setdefault("components", {}).setdefault("schemas", {}).update(components(*openapi_dead.MODELS))
         return document
 
     app.openapi = with_components  # type: ignore[method-assign]
