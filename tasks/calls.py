@@ -48,6 +48,8 @@ MAX_PAGE = 100
 #: Longest time that a read of events blocks on the server, below redis-py's own 5 s for a silent socket.
 MAX_BLOCK_MS = 4000
 MAX_RETRY_AFTER = 60.0
+#: Of how a process died.
+MAX_REASON_CHARS = 500
 #: Doubles, which Lua counts with, are exact up to here; far more than a job can have events.
 MAX_PLACE = 2**53
 MAX_KEY_CHARS = 255
@@ -224,14 +226,21 @@ def list_jobs(
     limit: int = 20,
 ) -> Steps[JobPage]:
     """A tenant's jobs, newest first, without their response bodies. `after` is the last id of the page before."""
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidRequest(f"limit must lie between 1 and {MAX_PAGE}", param="limit")
     if status is not None and status not in names.STATES:
         raise InvalidRequest(f"status must be one of {', '.join(names.STATES)}", param="status")
+    return (yield from page(tenant, status, model, metadata, after, limit))
+
+
+def page(
+    tenant: str, index: str | None, model: str | None, metadata: Mapping[str, str] | None, after: str | None, limit: int
+) -> Steps[JobPage]:
+    """One page of those in an index: a state, `dead`, or None for all jobs."""
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(f"limit must lie between 1 and {MAX_PAGE}", param="limit")
     found: list[JobRecord] = []
     cursor = ""
     while True:
-        filters = (tenant, opt(status), opt(model), to_json(metadata or None))
+        filters = (tenant, opt(index), opt(model), to_json(metadata or None))
         rest = (opt(after), cursor, limit + 1 - len(found), ENTRIES_PER_SCAN, *LIST_FIELDS)
         cursor, more = yield Call("list", filters + rest, parse_list)
         found += more
@@ -341,9 +350,9 @@ def release(job_id: str, fence: int, *, suspect: bool = False) -> Call[str]:
     return Call("release", (job_id, fence, "1" if suspect else ""), as_word)
 
 
-def lose(job_id: str, fence: int, *, max_deaths: int = 3) -> Call[Lost]:
-    """Count a death now, because the process that ran the job is known to be gone."""
-    return Call("lose", (job_id, fence, max_deaths), as_word)
+def lose(job_id: str, fence: int, *, max_deaths: int = 3, reason: str = "") -> Call[Lost]:
+    """Count a death now, because the process that ran the job is known to be gone; reason: how, for whoever looks."""
+    return Call("lose", (job_id, fence, max_deaths, reason[:MAX_REASON_CHARS]), as_word)
 
 
 def reap(limit: int = 100, max_deaths: int = 3) -> Call[list[tuple[str, Lost]]]:
@@ -356,15 +365,16 @@ def reap(limit: int = 100, max_deaths: int = 3) -> Call[list[tuple[str, Lost]]]:
     return Call("reap", (limit, max_deaths), parse)
 
 
-def sweep(limit: int = 100, *, result_ttl_ms: int) -> Call[Swept]:
-    """Expire waiting jobs, delete ended jobs older than result_ttl_ms, count what waits by model."""
+def sweep(limit: int = 100, *, result_ttl_ms: int, dead_ttl_ms: int | None = None) -> Call[Swept]:
+    """Expire waiting jobs, delete ended jobs older than result_ttl_ms (dead letters: dead_ttl_ms, where given), count
+    what waits by model."""
 
     def parse(answer: list[Any]) -> Swept:
         expired, deleted, ring = answer
         waiting = {text(model): count for model, count in zip(ring[::2], ring[1::2], strict=True)}
         return Swept([text(job_id) for job_id in expired], deleted, waiting)
 
-    return Call("sweep", (limit, result_ttl_ms), parse)
+    return Call("sweep", (limit, result_ttl_ms, dead_ttl_ms or result_ttl_ms), parse)
 
 
 # Changing jobs -------------------------------------------------------------------------------------------------------

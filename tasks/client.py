@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from inferfleet.tasks import calls, names, roster
+from inferfleet.tasks import calls, dead_letters, names, roster
 from inferfleet.tasks.calls import Call
 from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
+from inferfleet.tasks.dead_letters import Attempt
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import InvalidRequest, ModelNotFound, OutputNotFound
 from inferfleet.tasks.job_object import Job, to_job_object
@@ -190,6 +191,27 @@ def _list(
     return JobList([to_job_object(record) for record in page.jobs], page.has_more)
 
 
+def _dead_letters(
+    caller: Caller, model: str | None = None, after: str | None = None, limit: int = 20
+) -> Errand[JobList]:
+    """The tenant's dead letters, newest first: jobs that took down every worker that tried them."""
+    page = yield from dead_letters.dead_letters(caller.tenant, model, after, limit)
+    return JobList([to_job_object(record) for record in page.jobs], page.has_more)
+
+
+def _attempts(caller: Caller, job_id: str) -> Errand[list[Attempt]]:
+    """What is known of each attempt at a dead letter. JobNotFound for a job that is none."""
+    letter = yield from dead_letters.dead_letter(job_id, caller.tenant)
+    return letter.attempts
+
+
+def _replay(caller: Caller, job_id: str) -> Errand[Job]:
+    """Queue a dead letter again. JobNotFound for a job that is none."""
+    model = yield from dead_letters.replay(job_id, caller.tenant)
+    yield Ring(model)
+    return (yield from _get(caller, job_id))
+
+
 def _models(caller: Caller) -> Errand[dict[str, roster.Card]]:
     """model -> card, for every model that a worker serves now."""
     return (yield roster.cards())
@@ -277,6 +299,9 @@ class Client(Face):
     delete = errand(_delete)
     output = errand(_output)
     list = errand(_list)
+    dead_letters = errand(_dead_letters)
+    attempts = errand(_attempts)
+    replay = errand(_replay)
     models = errand(_models)
 
 
@@ -323,4 +348,7 @@ class AsyncClient(Face):
     delete = async_errand(_delete)
     output = async_errand(_output)
     list = async_errand(_list)
+    dead_letters = async_errand(_dead_letters)
+    attempts = async_errand(_attempts)
+    replay = async_errand(_replay)
     models = async_errand(_models)

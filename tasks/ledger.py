@@ -1,4 +1,4 @@
-"""The truth about jobs, in Redis. Two carriers, sync and async, of the calls in calls.py and roster.py.
+"""The truth about jobs, in Redis. Two carriers, sync and async, of the calls in calls.py and its neighbours.
 
 Every method of a ledger is one function there, with its arguments and its docstring. A call that Redis does not
 answer raises LedgerUnavailable; repeating it is always safe.
@@ -18,6 +18,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from inferfleet.tasks import calls, roster, webhooks
+from inferfleet.tasks import dead_letters as letters
 from inferfleet.tasks.calls import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 
@@ -161,6 +162,11 @@ class Ledger(Carrier):
     reap = verb(calls.reap)
     sweep = verb(calls.sweep)
 
+    dead_letters = verb(letters.dead_letters)
+    dead_letter = verb(letters.dead_letter)
+    replay = verb(letters.replay)
+    delete_dead_letter = verb(letters.delete_dead_letter)
+
     stats = verb(roster.stats)
     put_worker = verb(roster.put_worker)
     workers = verb(roster.workers)
@@ -246,6 +252,11 @@ class AsyncLedger(Carrier):
     lose = async_verb(calls.lose)
     reap = async_verb(calls.reap)
     sweep = async_verb(calls.sweep)
+
+    dead_letters = async_verb(letters.dead_letters)
+    dead_letter = async_verb(letters.dead_letter)
+    replay = async_verb(letters.replay)
+    delete_dead_letter = async_verb(letters.delete_dead_letter)
 
     stats = async_verb(roster.stats)
     put_worker = async_verb(roster.put_worker)

@@ -143,6 +143,8 @@ class Settings(BaseSettings):
     #: Lost workers after which a job is a dead letter.
     max_deaths: int = Field(default=3, ge=1, le=100)
     result_ttl_seconds: Seconds = 86400
+    #: How long a dead letter is kept for inspection and replay.
+    dead_letter_ttl_seconds: Seconds = 7 * 86400
     #: Of all pictures of one job.
     max_result_bytes: int = Field(default=256 << 20, ge=1 << 20, le=1 << 32)
     #: Where files are kept: in the ledger's own Redis, or s3://bucket/prefix (see `s3`).

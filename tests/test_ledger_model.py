@@ -4,12 +4,14 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from ledger_moves import FAR, PAST, delta
 
-from inferfleet.tasks.errors import AlreadyTerminal, Conflict, NotQueued, NotTerminal
+from inferfleet.tasks.dead_letters import read_attempts
+from inferfleet.tasks.errors import AlreadyTerminal, Conflict, JobNotFound, NotQueued, NotTerminal
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.names import DELTA, PROGRESS, TERMINAL, output_id
 from inferfleet.tasks.stores import RedisStore
@@ -38,6 +40,9 @@ class Twin:
     deltas: list[str] = field(default_factory=list)
     ended_by: int | None = None
     progress: int | None = None
+    dead: bool = False
+    #: How attempts ended that took somebody down.
+    tries: list[str] = field(default_factory=list)
     #: Files of a job that completed.
     files: list[str] = field(default_factory=list)
     #: Ends so far, those before a retry too.
@@ -60,6 +65,7 @@ class Twin:
         self.progress = None
         if died:
             self.deaths += 1
+            self.tries.append("lost")
         else:
             self.attempts -= 1
         if self.state == "cancelling":
@@ -67,6 +73,7 @@ class Twin:
             return "cancelled"
         if died and self.deaths >= MAX_DEATHS:
             self.end("failed")
+            self.dead = True
             return "dead"
         self.state = "queued"
         return "requeued"
@@ -248,6 +255,13 @@ class LedgerMachine(RuleBasedStateMachine):
     def retry(self, data):
         job_id = self.pick(data)
         twin = self.twins[job_id]
+        if twin.dead and data.draw(st.booleans(), label="as a dead letter"):
+            assert self.ledger.replay(job_id, "a") == twin.model
+            self.twins[job_id] = Twin(twin.model, twin.priority, None, twin.seq, fence=twin.fence + 1)
+            return
+        if not twin.dead:
+            with pytest.raises(JobNotFound):
+                self.ledger.replay(job_id, "a")
         try:
             self.ledger.retry(job_id, "a")
         except Conflict:
@@ -276,6 +290,9 @@ class LedgerMachine(RuleBasedStateMachine):
             assert record.attempts == twin.attempts
             assert (record.progress and record.progress["step"]) == twin.progress
             assert [output["id"] for output in record.outputs or ()] == twin.files
+            assert record.dead_letter == twin.dead
+            tries = self.ledger.redis.lrange(f"{self.ledger.prefix}tries:{job_id}", 0, -1)
+            assert [attempt.how for attempt in read_attempts(tries)] == twin.tries
 
     @invariant()
     def every_log_is_whole_and_ends_once(self):
@@ -307,9 +324,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def indexes_agree_with_the_records(self):
         prefix, redis = self.ledger.prefix, self.ledger.redis
-        members = {name: self.members(name) for name in ("leases", "deadlines", "finished")}
+        members = {name: self.members(name) for name in ("leases", "deadlines", "finished", "dead")}
         assert members["leases"] == {i for i, twin in self.twins.items() if twin.held}
-        assert members["finished"] == {i for i, twin in self.twins.items() if twin.state in TERMINAL}
+        ended = {i for i, twin in self.twins.items() if twin.state in TERMINAL}
+        dead = {i for i, twin in self.twins.items() if twin.dead}
+        assert members["finished"] == ended - dead
+        assert members["dead"] == self.members("dead:a") == dead
         assert members["deadlines"] == {i for i, t in self.twins.items() if t.state == "queued" and t.deadline}
         for model in MODELS:
             mine = {i: twin for i, twin in self.twins.items() if twin.model == model}

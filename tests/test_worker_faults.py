@@ -134,7 +134,13 @@ def test_a_turn_lost_on_the_wire_is_rung_again_by_a_janitor(fleet, proxy):
 
 
 def a_janitor(fleet):
-    settings = {"sweep_seconds": 1, "lease_seconds": 2, "max_deaths": 3, "result_ttl_seconds": 60}
+    settings = {
+        "sweep_seconds": 1,
+        "lease_seconds": 2,
+        "max_deaths": 3,
+        "result_ttl_seconds": 60,
+        "dead_letter_ttl_seconds": 60,
+    }
     return Janitor(fleet.ledger, fleet.doorbell, **settings, on_reaped=lambda tally: None, upkeep=lambda: None)
 
 

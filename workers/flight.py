@@ -59,6 +59,8 @@ class Flight(ABC):
         self.cancelled = False
         #: How many requests were in the engine when it died or stood still; 1 = this one is the culprit.
         self.num_crashed = 0
+        #: How it died or that it stood still, in words.
+        self.crash_reason = ""
         #: The engine has said its last word about it.
         self.told = False
         #: The worker is preparing the request, so no engine can be blamed for the time that this takes.

@@ -36,6 +36,7 @@ class Janitor:
         lease_seconds: float,
         max_deaths: int,
         result_ttl_seconds: float,
+        dead_letter_ttl_seconds: float,
         on_reaped: Callable[[Counter[str]], None],
         upkeep: Callable[[], None],
     ) -> None:
@@ -45,6 +46,7 @@ class Janitor:
         self._lease_seconds = lease_seconds
         self._max_deaths = max_deaths
         self._result_ttl_ms = round(result_ttl_seconds * 1000)
+        self._dead_ttl_ms = round(dead_letter_ttl_seconds * 1000)
         self._on_reaped = on_reaped
         self._upkeep = upkeep
         self._reap_after = 0.0
@@ -83,7 +85,7 @@ class Janitor:
         """Reap, sweep, ring."""
         if time.monotonic() >= self._reap_after:
             self._reap()
-        swept = self._ledger.sweep(BATCH, result_ttl_ms=self._result_ttl_ms)
+        swept = self._ledger.sweep(BATCH, result_ttl_ms=self._result_ttl_ms, dead_ttl_ms=self._dead_ttl_ms)
         if swept.expired or swept.deleted:
             log.info("swept", expired=len(swept.expired), deleted=swept.deleted)
         for model, waiting in swept.ring.items():

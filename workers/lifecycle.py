@@ -103,6 +103,7 @@ class Lifecycle:
             lease_seconds=settings.lease_seconds,
             max_deaths=settings.max_deaths,
             result_ttl_seconds=settings.result_ttl_seconds,
+            dead_letter_ttl_seconds=settings.dead_letter_ttl_seconds,
             on_reaped=self._meter.reaped,
             upkeep=self._upkeep,
         )

@@ -215,7 +215,10 @@ class Porter:
         log.info("job_ended", state=state, answer=answer, code=None if error is None else error["code"], **measured)
         if flight is None or answer in ("done", "same"):
             return state
-        return self._count_death(flight) if answer == "missing" else self._lost(flight.model)
+        if answer == "missing":
+            flight.crash_reason = "a picture was gone from the store before the job could end"
+            return self._count_death(flight)
+        return self._lost(flight.model)
 
     def _lost(self, model: str) -> str:
         """The job belongs to somebody else by now, or is over; what this run still had to say counts for nothing."""
@@ -230,7 +233,9 @@ class Porter:
     def _count_death(self, flight: Flight) -> str:
         """Give the job back with a death counted, so that what happens to it every time comes to an end."""
         how = until_answered(
-            lambda: self._ledger.lose(flight.job_id, flight.fence, max_deaths=self._settings.max_deaths),
+            lambda: self._ledger.lose(
+                flight.job_id, flight.fence, max_deaths=self._settings.max_deaths, reason=flight.crash_reason
+            ),
             self.giving_up,
         )
         log.warning("job_lost", how=how)

@@ -162,7 +162,7 @@ class Resident:
             flight.end(Ending.RELEASED)
         self._gate.recheck()
         if len(aboard) > 1:
-            self._crash(aboard)
+            self._crash(aboard, "the engine stood still")
 
     def kill(self) -> None:
         """End the engine process the hard way; it is then treated like any engine that died."""
@@ -366,22 +366,23 @@ class Resident:
             self.stats = {}
             lost = [flight for flight in self._aboard.values() if flight.usage is None and flight.ending is None]
             before_gate = [flight for flight in self._flights if flight.engine_id not in self._aboard]
-        stopping = self._stopping.is_set()
+        stopping, reason = self._stopping.is_set(), ""
         try:
             self._become(State.STOPPED if stopping else State.LOADING)
         finally:
             if not stopping:
                 self.num_restarts += 1
-                log.error("engine_died", model=self.model, pid=child.pid, reason=child.last_words(), flights=len(lost))
+                reason = child.last_words()
+                log.error("engine_died", model=self.model, pid=child.pid, reason=reason, flights=len(lost))
             for flight in [*before_gate, *(lost if stopping else ())]:
                 flight.end(Ending.RELEASED)
-            self._crash(lost)
+            self._crash(lost, reason)
             self._gate.recheck()
             child.reap()
 
-    def _crash(self, flights: Sequence[Flight]) -> None:
+    def _crash(self, flights: Sequence[Flight], reason: str) -> None:
         for flight in flights:
-            flight.num_crashed = len(flights)
+            flight.num_crashed, flight.crash_reason = len(flights), reason
             flight.end(Ending.CRASHED)
 
     def _give_up(self, code: str, message: str) -> None:

@@ -12,8 +12,8 @@ from inferfleet.tasks.contracts.images import (
     parse_images,
 )
 from inferfleet.tasks.contracts.jobs import Body, JobRequest, body_hash, parse_job
-from inferfleet.tasks.contracts.webhooks import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
 from inferfleet.tasks.contracts.responses import InputMessage, ResponseRequest, parse_response
+from inferfleet.tasks.contracts.webhooks import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
 
 __all__ = [
     "MAX_TOKENS",
@@ -30,8 +30,8 @@ __all__ = [
     "InputMessage",
     "JobRequest",
     "Priority",
-    "SecretRotation",
     "ResponseRequest",
+    "SecretRotation",
     "UnixSeconds",
     "body_hash",
     "check_card",

@@ -1,5 +1,5 @@
 -- Scan a tenant's jobs, newest first, for those that match. At most `scan` index entries a call.
--- ARGV: tenant, state, model, metadata JSON, after (id; '' = start), cursor (seq; '' = none), limit, scan, then fields
+-- ARGV: tenant, state ('' = any, dead = dead letters), model, metadata JSON, after (id; '' = start), cursor (seq; '' = none), limit, scan, then fields
 -- Answers nil (after is unknown) | {cursor to go on from or '', {id, values}, {id, values}, ...}
 local tenant, state, model, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[7])
 local wanted = ARGV[4] ~= '' and cjson.decode(ARGV[4]) or {}
@@ -24,7 +24,8 @@ local function matches(key)
   return true
 end
 
-local index = state == '' and P .. 'jobs:' .. tenant or P .. 'in:' .. state .. ':' .. tenant
+local index = P .. 'in:' .. state .. ':' .. tenant
+if state == '' then index = P .. 'jobs:' .. tenant elseif state == 'dead' then index = P .. 'dead:' .. tenant end
 local max = before == '' and '+inf' or '(' .. before
 local entries = redis.call('ZREVRANGEBYSCORE', index, max, '-inf', 'WITHSCORES', 'LIMIT', 0, ARGV[8])
 local answer = {''}

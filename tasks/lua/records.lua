@@ -8,7 +8,10 @@
 --   running:<model>       zset    id -> ms of the claim
 --   leases                zset    id -> ms at which the claim is lost
 --   deadlines             zset    id -> ms at which a waiting job expires
---   finished              zset    id -> ms of the end
+--   finished              zset    id -> ms of the end, but for dead letters
+--   dead                  zset    id -> ms of the end, of dead letters
+--   dead:<tenant>         zset    id -> seq, of dead letters
+--   tries:<id>            list    JSON, how the last twenty attempts ended that took others or themselves down
 --   output:<key>          string  a file that a run of a job made; dies by itself unless `complete` keeps it
 --   ended                 stream  the last thousand ends or so, field id: one reader serves all who wait for ends
 --   jobs:<tenant>         zset    id -> seq, every job
@@ -143,13 +146,33 @@ local function finish(job, state, result)
   redis.call('HSET', job.key, 'finished_ms', whole(NOW), 'done_fence', fence, 'response', result.response or '',
     'error', result.error or '', 'usage', result.usage or '', 'metrics', result.metrics or '',
     'dead_letter', result.dead_letter or '', 'outputs', result.outputs or '', 'output_keys', result.output_keys or '')
-  redis.call('ZADD', P .. 'finished', whole(NOW), job.id)
+  if result.dead_letter then
+    redis.call('ZADD', P .. 'dead', whole(NOW), job.id)
+    redis.call('ZADD', P .. 'dead:' .. job.tenant, job.seq, job.id)
+  else
+    redis.call('ZADD', P .. 'finished', whole(NOW), job.id)
+  end
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 1000, '*', 'id', job.id)
   emit(job, '{"type":"job.' .. state .. '","status":"' .. state .. '","error":' .. or_null(result.error) ..
     ',"usage":' .. or_null(result.usage) ..
     ((result.outputs or '') ~= '' and ',"outputs":' .. result.outputs or '') .. '}')
   tell(job, state, ((result.outputs or '') ~= '' and ',"outputs":' .. result.outputs or '') ..
     ((result.error or '') ~= '' and #result.error < 2000 and ',"error":' .. result.error or ''))
+end
+
+-- Out of the lists of ended jobs.
+local function unfinish(job)
+  redis.call('ZREM', P .. 'finished', job.id)
+  redis.call('ZREM', P .. 'dead', job.id)
+  redis.call('ZREM', P .. 'dead:' .. job.tenant, job.id)
+end
+
+-- For whoever looks into a dead letter. how: lost (its worker or engine) | crowd (its engine, with others in it)
+local function note_try(job, how, reason)
+  local key = P .. 'tries:' .. job.id
+  redis.call('RPUSH', key, cjson.encode({attempt = tonumber(job.attempts), worker = job.worker, how = how,
+    claimed_ms = tonumber(job.claimed_ms), ended_ms = NOW, reason = reason}))
+  redis.call('LTRIM', key, -20, -1)
 end
 
 -- A claim that ends without a result: the fence moves at once, so the old holder can change nothing any more.
@@ -165,7 +188,8 @@ local function requeue(job, reason)
 end
 
 -- The holder is gone. Answers requeued, dead, cancelled or expired.
-local function bury_or_requeue(job, max_deaths)
+local function bury_or_requeue(job, max_deaths, reason)
+  note_try(job, 'lost', reason)
   take_back(job)
   job.deaths = whole(tonumber(job.deaths) + 1)
   redis.call('HSET', job.key, 'deaths', job.deaths)
@@ -198,9 +222,9 @@ local function purge(job)
   local files = {}
   for key in string.gmatch(redis.call('HGET', job.key, 'output_keys') or '', '%S+') do files[#files + 1] = key end
   drop_files(files)
-  redis.call('UNLINK', job.key, P .. 'events:' .. job.id)
+  redis.call('UNLINK', job.key, P .. 'events:' .. job.id, P .. 'tries:' .. job.id)
   if job.idem ~= '' then redis.call('DEL', P .. 'idem:' .. job.idem) end
   redis.call('ZREM', P .. 'jobs:' .. job.tenant, job.id)
   redis.call('ZREM', P .. 'in:' .. job.state .. ':' .. job.tenant, job.id)
-  redis.call('ZREM', P .. 'finished', job.id)
+  unfinish(job)
 end

@@ -7,6 +7,7 @@ local fence = ARGV[2]
 if redis.call('HGET', job.key, 'released_fence') == fence then return 'released' end
 if not held(job, fence) then return 'stale' end
 
+if ARGV[3] ~= '' then note_try(job, 'crowd', 'its engine died or stood still with other jobs in it') end
 take_back(job)
 -- A handed back attempt does not count as one.
 redis.call('HSET', job.key, 'released_fence', fence, 'attempts', whole(tonumber(job.attempts) - 1))

@@ -7,8 +7,8 @@ if redis.call('HGET', job.key, 'retry_token') == ARGV[3] then return {'queued', 
 local before = job.state
 if not TERMINAL[before] or before == 'completed' then return {'refused', before} end
 
-redis.call('UNLINK', P .. 'events:' .. job.id)
-redis.call('ZREM', P .. 'finished', job.id)
+redis.call('UNLINK', P .. 'events:' .. job.id, P .. 'tries:' .. job.id)
+unfinish(job)
 redis.call('HDEL', job.key, 'response', 'error', 'usage', 'metrics', 'dead_letter', 'finished_ms', 'done_fence',
   'started_ms', 'claimed_ms', 'suspect', 'published', 'outputs', 'output_keys', 'progress',
   'told_ms')

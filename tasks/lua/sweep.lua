@@ -1,5 +1,5 @@
--- Expire waiting jobs whose time is over, delete ended jobs after result_ttl_ms, say which models have jobs waiting.
--- At most `limit` expiries and `limit` deletions a call. ARGV: limit, result_ttl_ms
+-- Expire waiting jobs whose time is over, delete ended jobs after result_ttl_ms and dead letters after dead_ttl_ms, say
+-- which models have jobs waiting. At most `limit` of each a call. ARGV: limit, result_ttl_ms, dead_ttl_ms
 -- Answers {expired ids, number deleted, {model, waiting, model, waiting, ...}}
 local limit = ARGV[1]
 local expired = redis.call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', whole(NOW), 'LIMIT', 0, limit)
@@ -10,7 +10,9 @@ for _, id in ipairs(expired) do
 end
 
 local old = redis.call('ZRANGEBYSCORE', P .. 'finished', '-inf', whole(NOW - tonumber(ARGV[2])), 'LIMIT', 0, limit)
+local dead = redis.call('ZRANGEBYSCORE', P .. 'dead', '-inf', whole(NOW - tonumber(ARGV[3])), 'LIMIT', 0, limit)
 for _, id in ipairs(old) do purge(load(id)) end
+for _, id in ipairs(dead) do purge(load(id)) end
 
 local ring = {}
 for _, model in ipairs(redis.call('SMEMBERS', P .. 'models')) do
@@ -22,4 +24,4 @@ for _, model in ipairs(redis.call('SMEMBERS', P .. 'models')) do
     redis.call('SREM', P .. 'models', model)
   end
 end
-return {expired, #old, ring}
+return {expired, #old + #dead, ring}

@@ -248,7 +248,7 @@ _STREAMED = {
     },
 }
 CREATE_RESPONSE = body(ResponseRequest) | {"parameters": [KEY]} | answers(
-    {"200": _STREAMED}, *_BODY_ERRORS, 404, 409, 429, 504
+    {"200": _STREAMED}, *BODY_ERRORS, 404, 409, 429, 504
 )  # fmt: skip
 GET_RESPONSE = answers({"200": _STREAMED}, 404, 422)
 CANCEL_RESPONSE = answers({"200": answer("the response, cancelled or as it ended", ResponseAnswer)}, 404, 422)

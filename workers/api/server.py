@@ -22,11 +22,13 @@ from inferfleet.workers import logs
 from inferfleet.workers.api import (
     batches,
     chat,
+    dead_letters,
     files,
     health,
     images,
     jobs,
     models,
+    openapi_dead,
     openapi_files,
     openapi_webhooks,
     outputs,
@@ -87,7 +89,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         redoc_url=None,
     )
     openai = (chat, response_routes, images, files, batches, models)
-    for module in (*openai, jobs, outputs, webhooks, health):
+    for module in (*openai, jobs, dead_letters, outputs, webhooks, health):
         app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)
@@ -206,7 +208,7 @@ def _describe(app: FastAPI) -> None:
 
     def with_components() -> dict[str, Any]:
         document = generate()
-        schemas = components(*openapi_files.MODELS, *openapi_webhooks.MODELS)
+        schemas = components(*openapi_dead.MODELS, *openapi_files.MODELS, *openapi_webhooks.MODELS)
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas | openapi_files.forms(schemas))
         return document
 

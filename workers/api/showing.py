@@ -61,7 +61,8 @@ async def shown(request: Request, use: Services, records: Sequence[JobRecord]) -
     jobs = []
     for record in records:
         link = links.of(record)
-        job = to_job_object(record, max_attempts=settings.max_deaths, result_ttl_seconds=settings.result_ttl_seconds)
+        ttl = settings.dead_letter_ttl_seconds if record.dead_letter else settings.result_ttl_seconds
+        job = to_job_object(record, max_attempts=settings.max_deaths, result_ttl_seconds=ttl)
         outputs = [_linked(output, link) for output in job.outputs]
         if outputs and job.response is not None:
             # Never in base64 here, whatever was asked for: a job is looked at often.

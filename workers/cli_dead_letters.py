@@ -1,0 +1,76 @@
+"""`inferfleet dead-letters`: list, show, replay, delete."""
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from inferfleet.workers.cli_jobs import JobId, path_of, print_job
+from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_models
+from inferfleet.workers.cli_output import age, out, print_json, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every worker that tried them.")
+
+
+@app.command("list")
+def list_dead_letters(
+    model: Annotated[str | None, typer.Option(help="Only jobs of this model.", autocompletion=complete_models)] = None,
+    after: Annotated[str | None, typer.Option(help="Start behind this job id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    json: Json = False,
+    api_url: ApiUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List dead letters, newest first."""
+    params = {"limit": str(limit)} | {name: value for name, value in (("model", model), ("after", after)) if value}
+    with api_client(api_url, api_key) as client:
+        page = client.request("GET", "/v1/dead_letters", params=params)
+    if json:
+        print_json(page)
+        return
+    rows = [(j["id"], j["model"], age(j["failed_at"]), str(j["attempts"])) for j in page["data"]]
+    print_table(("ID", "MODEL", "DIED", "ATTEMPTS"), rows)
+    if page["has_more"]:
+        out.print(f"[dim]more: --after {page['last_id']}[/]")
+
+
+@app.command()
+def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """Show one: the job, and the worker, times and death of each attempt."""
+    with api_client(api_url, api_key) as client:
+        letter = client.request("GET", _path_of(job_id))
+    if json:
+        print_json(letter)
+        return
+    print_job(letter["job"])
+    out.print()
+    rows = [
+        (str(a["attempt"]), _clock(a["ended_at"]), f"{a['ended_at'] - a['started_at']:.1f}s", a["outcome"], a["worker"],
+         a["reason"] or "-")
+        for a in letter["attempts"]
+    ]  # fmt: skip
+    print_table(("ATTEMPT", "DIED AT", "AFTER", "OUTCOME", "WORKER", "REASON"), rows)
+
+
+@app.command()
+def replay(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """Queue one again, once what killed its workers is mended."""
+    with api_client(api_url, api_key) as client:
+        job = client.request("POST", f"{_path_of(job_id)}/replay")
+    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+
+
+@app.command()
+def delete(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
+    """Forget one."""
+    with api_client(api_url, api_key) as client:
+        gone = client.request("DELETE", _path_of(job_id))
+    print_json(gone) if json else out.print(f"{job_id} deleted")
+
+
+def _path_of(job_id: str) -> str:
+    return path_of(job_id).replace("/v1/jobs/", "/v1/dead_letters/")
+
+
+def _clock(unix_seconds: float) -> str:
+    return datetime.fromtimestamp(unix_seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
