@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from inferfleet.tasks.calls import Arg, Call, Key, as_word, from_json, integer, opt, text, to_json
+from inferfleet.tasks.call import Arg, Call, Key, from_json, integer, opt, text, to_json
+from inferfleet.tasks.calls import as_word
 from inferfleet.tasks.errors import (
     BatchNotFound,
     BatchState,

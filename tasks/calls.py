@@ -1,23 +1,16 @@
-"""The ledger's questions without a connection: what to send to Redis and how to read the answer.
+"""The ledger's questions about jobs: what to send to Redis and how to read the answer. Every call may be sent twice."""
 
-A `Call` is one round trip. A `Steps` generator yields Calls, is sent their answers and returns the result; the sync
-and the async ledger differ only in how they carry a Call. Every call may be sent twice: a lost reply changes nothing.
-"""
-
-import functools
 import hashlib
 import json
 import random
 import re
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from inferfleet.tasks import names
+from inferfleet.tasks.call import Call, Key, Steps, from_json, integer, opt, text, to_json
 from inferfleet.tasks.errors import (
-    BY_CODE,
     AlreadyTerminal,
     EventLogFull,
     IdempotencyKeyReuse,
@@ -28,15 +21,6 @@ from inferfleet.tasks.errors import (
     QueueFull,
 )
 from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept
-
-T = TypeVar("T")
-Arg = str | bytes | int | float
-Steps = Generator["Call[Any]", Any, T]
-
-SCRIPTS = Path(__file__).parent / "lua"
-
-#: First word of a script's name -> what stands in front of it, where that is not records.lua and outbox.lua.
-SHARED = {"file": ("records", "shelf"), "batch": ("records", "outbox", "shelf", "batches")}
 
 #: Places that a claim looks at before it gives up; overdue jobs among them are ended on the way.
 LOOK_AHEAD = 32
@@ -64,51 +48,6 @@ RECORD_FIELDS = (
 LIST_FIELDS = RECORD_FIELDS[:-1]
 
 
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """One round trip: a script of tasks/lua, or a plain command where `script` is empty."""
-
-    script: str
-    args: Sequence[Arg]
-    parse: Callable[[Any], T]
-
-
-@functools.cache
-def script_text(name: str) -> str:
-    """The whole Lua text of a script: the errors as JSON, what it shares with others, the script itself."""
-    codes = ("deadline_exceeded", "start_timeout", "worker_lost", "cancelled")
-    errors = ", ".join(f"{code} = [==[{json.dumps(BY_CODE[code]().to_dict())}]==]" for code in codes)
-    shared = SHARED.get(name.partition("_")[0], ("records", "outbox"))
-    parts = [(SCRIPTS / f"{part}.lua").read_text() for part in (*shared, name)]
-    return f"local ERRORS = {{{errors}}}\n" + "\n".join(parts)
-
-
-@functools.cache
-def script_sha(name: str) -> str:
-    return hashlib.sha1(script_text(name).encode(), usedforsecurity=False).hexdigest()
-
-
-def opt(value: Arg | None) -> Arg:
-    """Absent values travel as an empty string."""
-    return "" if value is None else value
-
-
-def to_json(value: Any) -> str:
-    return "" if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def text(value: bytes) -> str:
-    return value.decode()
-
-
-def integer(value: bytes | int | None) -> int | None:
-    return None if value in (b"", None) else int(value)
-
-
-def from_json(value: bytes | None) -> Any:
-    return json.loads(value) if value else None
-
-
 # Accepting and reading jobs ------------------------------------------------------------------------------------------
 
 
@@ -129,10 +68,12 @@ def submit(
     metadata: Mapping[str, str] | None = None,
     webhook: str | None = None,
     webhook_words: Sequence[str] = names.WEBHOOK_ENDS,
+    batch_id: str | None = None,
 ) -> Call[Submitted]:
     """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay.
 
     webhook: a URL or the id of an endpoint, which is told of webhook_words (names.WEBHOOK_WORDS).
+    batch_id: of the batch whose line this is; webhooks are told of the batch, not of its lines.
     """
     if not -100 <= priority <= 100:
         raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
@@ -154,7 +95,7 @@ def submit(
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
     more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None), opt(webhook))
     words = " ".join(webhook_words) if webhook else ""
-    return Call("submit", (*fields, *more, words), parse)
+    return Call("submit", (*fields, *more, words, opt(batch_id)), parse)
 
 
 def check_idempotency_key(key: str, param: str = "idempotency_key") -> None:
@@ -497,10 +438,6 @@ def next_events(
     block = max(1, min(block_ms, MAX_BLOCK_MS))
     args = ("XREAD", "COUNT", count, "BLOCK", block, "STREAMS", Key(f"events:{job_id}"), f"{after + 1}-0")
     return Call("", args, parse_stream)
-
-
-class Key(str):
-    """An argument of a plain command that gets the namespace's prefix."""
 
 
 def parse_stream(answer: Any) -> list[Event]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from inferfleet.tasks import calls, dead_letters, names, roster
-from inferfleet.tasks.calls import Call
+from inferfleet.tasks.call import Call
 from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.dead_letters import Attempt
 from inferfleet.tasks.doorbell import Doorbell

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferfleet.tasks import calls
-from inferfleet.tasks.calls import Call, Key, Steps, text
+from inferfleet.tasks.call import Call, Key, Steps, text
 from inferfleet.tasks.errors import JobNotFound
 from inferfleet.tasks.records import JobPage, JobRecord
 

@@ -10,17 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from inferfleet.tasks.calls import (
-    ENTRIES_PER_SCAN,
-    Call,
-    Key,
-    Steps,
-    check_idempotency_key,
-    idempotency_digest,
-    opt,
-    text,
-    to_json,
-)
+from inferfleet.tasks.call import Call, Key, Steps, opt, text, to_json
+from inferfleet.tasks.calls import ENTRIES_PER_SCAN, check_idempotency_key, idempotency_digest
 from inferfleet.tasks.errors import FileInUse, FileNotFound, IdempotencyKeyReuse, InvalidRequest, OutputNotFound
 
 #: Bytes of one part, except the last of a file.

@@ -19,7 +19,7 @@ from redis.retry import Retry
 
 from inferfleet.tasks import calls, roster, webhooks
 from inferfleet.tasks import dead_letters as letters
-from inferfleet.tasks.calls import Call, Key, Steps, script_sha, script_text
+from inferfleet.tasks.call import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from inferfleet.tasks.calls import Call, Key, Steps, text, to_json
+from inferfleet.tasks.call import Call, Key, Steps, text, to_json
 
 #: What a worker says about a model it serves: id, max_model_len, vocab_size, max_token_bytes, family, state, ...
 Card = dict[str, Any]

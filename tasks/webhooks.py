@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferfleet.tasks.calls import MAX_PAGE, Call, Steps, integer, opt, text, to_json
+from inferfleet.tasks.call import Call, Steps, integer, opt, text, to_json
+from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.tasks.errors import (
     DeliveryNotFound,
     EndpointDisabled,

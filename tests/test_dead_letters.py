@@ -7,7 +7,8 @@ from live_api import api_of_workers
 from shell import shell
 
 from inferfleet.tasks.errors import JobNotFound
-from inferfleet.tasks.names import new_job_id
+
+NOWHERE = "job_" + "0" * 32
 
 
 def die(ledger, job_id="job_1", times=2, **options):
@@ -134,10 +135,10 @@ def test_a_poison_job_is_found_looked_into_replayed_and_deleted_over_http_and_by
         ("GET", "/v1/dead_letters?limit=101", 422),
         ("GET", "/v1/dead_letters?state=x", 422),
         ("GET", "/v1/dead_letters?after=job_1", 404),
-        ("GET", f"/v1/dead_letters/{new_job_id()}", 404),
+        ("GET", f"/v1/dead_letters/{NOWHERE}", 404),
         ("GET", "/v1/dead_letters/nothing", 404),
-        ("POST", f"/v1/dead_letters/{new_job_id()}/replay", 404),
-        ("DELETE", f"/v1/dead_letters/{new_job_id()}", 404),
+        ("POST", f"/v1/dead_letters/{NOWHERE}/replay", 404),
+        ("DELETE", f"/v1/dead_letters/{NOWHERE}", 404),
     ],
 )
 def test_a_bad_question_about_dead_letters_is_a_typed_error(redis_url, method, path, status):

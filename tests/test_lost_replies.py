@@ -7,7 +7,7 @@ import pytest
 from chaosproxy import ChaosProxy
 from outbox_moves import URL, deliveries
 
-from inferfleet.tasks import calls
+from inferfleet.tasks import call
 from inferfleet.tasks.errors import AlreadyTerminal, IdempotencyKeyReuse, LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.names import DELTA, new_job_id
@@ -19,8 +19,8 @@ def shaky(proxy: ChaosProxy):
     """A ledger whose replies may be lost."""
     ledger = Ledger.from_url(proxy.url, "test")
     # The server holds the scripts and a connection is greeted: the next lost reply is that of a script which ran.
-    for script in calls.SCRIPTS.glob("*.lua"):
-        ledger.redis.script_load(calls.script_text(script.stem))
+    for script in call.SCRIPTS.glob("*.lua"):
+        ledger.redis.script_load(call.script_text(script.stem))
     yield ledger
     ledger.close()
 

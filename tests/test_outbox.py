@@ -20,6 +20,16 @@ from inferfleet.tasks.webhooks import MAX_ENDPOINTS, new_secret
 # Who is told --------------------------------------------------------------------------------------------------------
 
 
+def test_lines_of_a_batch_are_told_to_nobody(ledger):
+    # given an endpoint for everything that becomes of jobs
+    put_endpoint(ledger, events=tuple(names.WEBHOOK_EVENTS))
+    # when a line of a batch ends
+    submit(ledger, batch_id="batch_1")
+    ledger.complete("job_1", claim(ledger).fence, state="completed", response=b"{}")
+    # then nothing is told: whoever wants to hear of the batch hears of the whole
+    assert deliveries(ledger) == []
+
+
 @pytest.mark.parametrize("state", ["completed", "failed", "incomplete"])
 def test_the_end_of_a_job_is_told_to_its_webhook_once(ledger, state):
     # given a job with a webhook

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from inferfleet.tasks import roster
-from inferfleet.tasks.calls import Call
+from inferfleet.tasks.call import Call
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers.resident import Resident, State
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from inferfleet.tasks import names
-from inferfleet.tasks.calls import Call
+from inferfleet.tasks.call import Call
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import Ledger

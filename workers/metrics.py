@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from inferfleet.tasks.calls import Call
+from inferfleet.tasks.call import Call
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.records import Claim
 from inferfleet.workers.flight import Flight

@@ -13,6 +13,7 @@ from typing import Any
 from redis import exceptions
 
 from inferfleet.tasks import calls, errors
+from inferfleet.tasks.call import Call
 from inferfleet.tasks.ledger import Ledger, as_unavailable
 from inferfleet.workers import logs
 from inferfleet.workers.flight import Ending, Flight, Outgoing
@@ -134,7 +135,7 @@ def publish_all(ledger: Ledger, batch: Sequence[tuple[Flight, Outgoing]]) -> lis
     return [_word(ledger, call, answer) for call, answer in zip(said, answers, strict=True)]
 
 
-def _word(ledger: Ledger, call: calls.Call[Any], answer: object) -> str:
+def _word(ledger: Ledger, call: Call[Any], answer: object) -> str:
     try:
         if isinstance(answer, exceptions.NoScriptError):
             return str(ledger.run(call))

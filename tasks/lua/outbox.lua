@@ -132,7 +132,8 @@ end
 -- Declared in records.lua. What has just become of a job, for whoever wants to hear of it. The last event of its log
 -- gives the number. `word`: the end's state, started, progress or output; `more`: JSON members of data, or ''
 tell = function(job, word, more)
-  local seen = redis.call('HMGET', job.key, 'webhook', 'webhook_events', 'custom_id', 'told_ms')
+  local seen = redis.call('HMGET', job.key, 'webhook', 'webhook_events', 'custom_id', 'told_ms', 'batch')
+  if (seen[5] or '') ~= '' then return end  -- a line of a batch, which tells for all of them
   local webhook, told = seen[1] or '', number(seen[4])
   if webhook == '' and redis.call('EXISTS', P .. 'endpoints:' .. job.tenant) == 0 then return end
   if TERMINAL[word] and told then forget_progress(job, webhook) end

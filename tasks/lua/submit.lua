@@ -1,6 +1,6 @@
 -- Accept a job once. Writes job, events, waiting, ages, deadlines, jobs, in:queued, idem, models, seq; reads pace.
 -- ARGV: id, envelope, model, tenant, priority, deadline_ms, start_timeout_ms, idem digest, body_hash, max_queued,
---       custom_id, endpoint, metadata JSON, webhook, webhook_events ('' = absent)
+--       custom_id, endpoint, metadata JSON, webhook, webhook_events, batch ('' = absent)
 -- Answers {'new', id} | {'replay', id} | {'reuse', id} | {'full', waiting, gap ms} | {'no_endpoint', id of the webhook}
 local id, envelope, model, tenant = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local idem, body_hash, max_queued = ARGV[8], ARGV[9], number(ARGV[10])
@@ -36,7 +36,8 @@ redis.call('HSET', job.key, 'state', 'queued', 'envelope', envelope, 'model', mo
   'priority', job.priority, 'deadline_ms', job.deadline_ms, 'start_timeout_ms', job.start_timeout_ms,
   'created_ms', job.created_ms, 'queued_ms', job.created_ms, 'seq', job.seq, 'fence', '0', 'deaths', '0', 'attempts', '0', 'idem', idem,
   'body_hash', body_hash, 'custom_id', ARGV[11], 'endpoint', ARGV[12], 'metadata', ARGV[13],
-  'webhook', webhook, 'webhook_events', ARGV[15])
+  'webhook', webhook, 'webhook_events', ARGV[15],
+  'batch', ARGV[16])
 redis.call('ZADD', P .. 'jobs:' .. tenant, job.seq, id)
 redis.call('ZADD', P .. 'in:queued:' .. tenant, job.seq, id)
 if idem ~= '' then redis.call('SET', P .. 'idem:' .. idem, id) end

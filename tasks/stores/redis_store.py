@@ -5,7 +5,7 @@ A file that nobody asks the ledger to keep dies by itself: what a lost worker wr
 
 from collections.abc import Sequence
 
-from inferfleet.tasks.calls import Call, Key, Steps
+from inferfleet.tasks.call import Call, Key, Steps
 from inferfleet.tasks.errors import OutputNotFound
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.stores.store import StoredObject, check_digest

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from inferfleet.tasks import batches, files, names, roster
 from inferfleet.tasks.batches import BatchRecord, Ended, Held, Line
-from inferfleet.tasks.calls import Call, Key, Steps
+from inferfleet.tasks.call import Call, Key, Steps
 from inferfleet.tasks.contracts import body_hash
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import (
@@ -221,6 +221,7 @@ class BatchRun:
             custom_id=job.custom_id,
             endpoint=job.url,
             metadata=(job.labels or {}) | {"batch_id": self.batch.id},
+            batch_id=self.batch.id,
         )
         try:
             return self._patiently(submit).queued

@@ -14,7 +14,7 @@ import redis
 from celery import Celery
 
 from inferfleet.tasks import names
-from inferfleet.tasks.calls import Call
+from inferfleet.tasks.call import Call
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import Ledger
