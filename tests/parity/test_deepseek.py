@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from parity.checkpoints.writing import write
+from parity.device import DEVICE
 from parity.direct import Direct
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +40,7 @@ def test_a_long_prompt_after_a_prefix_hit_continues_over_the_cached_latents(name
     engine = LLM(
         str(judge.folder),
         dtype="float32",
-        device="cpu",
+        device=str(DEVICE),
         block_size=16,
         max_num_batched_tokens=32,
         max_model_len=256,
