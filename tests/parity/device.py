@@ -5,4 +5,4 @@ import os
 import torch
 
 DEVICE = torch.device(os.environ.get("INFERFLEET_TEST_DEVICE", "cpu"))
-ON_CPU = DEVICE.type == "cpu"
+CPU = torch.device("cpu")

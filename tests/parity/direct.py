@@ -31,6 +31,7 @@ class Direct:
     block_size: int = 16
     paged: bool = True
     dtype: torch.dtype = torch.float32
+    device: torch.device = DEVICE
     tables: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,8 +46,8 @@ class Direct:
             self.tables.append(np.array(blocks, dtype=np.int32).reshape(SLOTS, per_row))
         kind = PagedCache if self.paged else ContiguousCache
         counts = [SLOTS * per_row + 1] * len(spec.sights)
-        self.cache = kind(spec, counts, size, num_states=SLOTS, dtype=self.dtype, device=DEVICE)
-        self.builder = BatchBuilder(self.cache, self.tables, max_num_batched_tokens=SLOTS * LONGEST, device=DEVICE)
+        self.cache = kind(spec, counts, size, num_states=SLOTS, dtype=self.dtype, device=self.device)
+        self.builder = BatchBuilder(self.cache, self.tables, max_num_batched_tokens=SLOTS * LONGEST, device=self.device)
 
     def request(self, slot: int, ids: Sequence[int]) -> Request:
         request = Request(str(slot), list(ids), SamplingParams())

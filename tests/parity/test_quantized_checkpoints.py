@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from parity.device import DEVICE
+from parity.device import CPU, DEVICE
 from parity.direct import Direct
 from parity.threads_as_ranks import load_split, on_every_rank
 from safetensors.torch import load_file, save_file
@@ -167,7 +167,7 @@ def test_two_ranks_cut_what_came_coded_and_lose_nothing(form, name, reference, t
     ids = list(range(7, 60))
     # when two ranks load it, then both score as the reference over what the whole codes mean.
     models = load_split(tmp_path / "packed", 2)
-    for scores in on_every_rank(2, lambda rank: Direct(models[rank]).score([ids], 16)[0]):
+    for scores in on_every_rank(2, lambda rank: Direct(models[rank], device=CPU).score([ids], 16)[0]):
         assert float((scores - exact.logits(ids)).abs().max()) <= judge.tolerance
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.writing import Reference, write_tokenizer
-from parity.device import DEVICE
+from parity.device import CPU, DEVICE
 from parity.direct import Direct
 from parity.memory import PeakMemory
 from parity.test_parity_logits import prompts
@@ -155,7 +155,7 @@ def test_each_rank_of_a_split_model_quantises_its_share(name, kind, reference, t
     tokens = prompts(judge.vocab_size, 0, 4)
     # when two ranks quantise their shares while they read them,
     models = load_split(judge.folder, 2, quantization=kind)
-    found = on_every_rank(2, lambda rank: Direct(models[rank]).score(tokens, 16))
+    found = on_every_rank(2, lambda rank: Direct(models[rank], device=CPU).score(tokens, 16))
     # then both have that reference's logits.
     for scores in found:
         for ours, ids in zip(scores, tokens, strict=True):
