@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from inferfleet.engine.diffusion.engine import DiffusionEngine
 from inferfleet.engine.diffusion.gate import load_gated
 from inferfleet.engine.diffusion.limits import MAX_SIDE, MAX_STEPS
@@ -30,6 +32,8 @@ def load_images(spec: DiffusionSpec, progress: Progress | None = None) -> Loaded
     threads.use(spec.threads or threads.for_work())
     # Attention and the VAE are torch's own, and most of a step that is not products.
     threads.lend_to_torch()
+    # By default cuDNN rounds the inputs of float32 convolutions to 10 bits, which shows in the VAE.
+    torch.backends.cudnn.allow_tf32 = False
     pipeline, report = load_gated(spec, progress)
     progress.begin("engine")
     started = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from parity.device import DEVICE
 
 from inferfleet.engine.families import Model, load_model
 
@@ -49,7 +50,7 @@ def load() -> Callable[..., Model]:
 
     def get(folder: Path, dtype: str = "float32") -> Model:
         if (folder, dtype) not in loaded:
-            loaded[folder, dtype] = load_model(str(folder), dtype=dtype, device="cpu").model
+            loaded[folder, dtype] = load_model(str(folder), dtype=dtype, device=str(DEVICE)).model
         return loaded[folder, dtype]
 
     return get

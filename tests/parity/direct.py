@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from parity.device import DEVICE
 from torch import Tensor
 
 from inferfleet.engine.batch import Batch, BatchBuilder
@@ -30,6 +31,7 @@ class Direct:
     block_size: int = 16
     paged: bool = True
     dtype: torch.dtype = torch.float32
+    device: torch.device = DEVICE
     tables: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,8 +46,8 @@ class Direct:
             self.tables.append(np.array(blocks, dtype=np.int32).reshape(SLOTS, per_row))
         kind = PagedCache if self.paged else ContiguousCache
         counts = [SLOTS * per_row + 1] * len(spec.sights)
-        self.cache = kind(spec, counts, size, num_states=SLOTS, dtype=self.dtype, device="cpu")
-        self.builder = BatchBuilder(self.cache, self.tables, max_num_batched_tokens=SLOTS * LONGEST, device="cpu")
+        self.cache = kind(spec, counts, size, num_states=SLOTS, dtype=self.dtype, device=self.device)
+        self.builder = BatchBuilder(self.cache, self.tables, max_num_batched_tokens=SLOTS * LONGEST, device=self.device)
 
     def request(self, slot: int, ids: Sequence[int]) -> Request:
         request = Request(str(slot), list(ids), SamplingParams())
@@ -64,7 +66,7 @@ class Direct:
         batch: Batch = self.builder.build(plan, scoring=samples is None)
         with torch.inference_mode():
             hidden = self.model.forward(batch.input_ids, batch.positions, batch)
-            logits = self.model.compute_logits(hidden[batch.logits_index])
+            logits = self.model.compute_logits(hidden[batch.logits_index]).cpu()
         for row, count in rows:
             row.num_computed_tokens += count
         return list(logits.split(counts if samples is None else 1)) if len(logits) else []

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from parity.checkpoints.writing import write
+from parity.device import CPU, DEVICE
 from parity.direct import Direct
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +24,7 @@ from inferfleet.engine.sampling_params import SamplingParams
 from inferfleet.kernels import build
 
 NAMES = ["deepseek-v2-lite", "deepseek-v2", "deepseek-v3"]
-ON_CPU = Place(torch.float32, torch.device("cpu"))
+ON_CPU = Place(torch.float32, CPU)
 
 
 def prompt(judge, seed: int, length: int) -> list[int]:
@@ -39,7 +40,7 @@ def test_a_long_prompt_after_a_prefix_hit_continues_over_the_cached_latents(name
     engine = LLM(
         str(judge.folder),
         dtype="float32",
-        device="cpu",
+        device=str(DEVICE),
         block_size=16,
         max_num_batched_tokens=32,
         max_model_len=256,
@@ -58,7 +59,7 @@ def test_a_long_prompt_after_a_prefix_hit_continues_over_the_cached_latents(name
     assert torch.equal(torch.tensor(written)[certain], best.indices[:, 0][certain])
 
 
-@pytest.mark.skipif(build.find_compiler() is None, reason="torch's own products sum in another order")
+@pytest.mark.skipif(DEVICE != CPU or build.find_compiler() is None, reason="torch's own products sum in another order")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_gives_bit_for_bit_the_same_in_chunks_as_whole_and_token_by_token(name, reference, load):
     # Given a prompt, when it is computed at once, in chunks, and as decoding would, among other rows,

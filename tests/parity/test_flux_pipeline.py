@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from parity.checkpoints.flux import SHAPES, Shape, reference, write
+from parity.device import DEVICE
 from PIL import Image
 
 from inferfleet.engine.diffusion.latents import pack
@@ -20,7 +21,7 @@ from inferfleet.engine.offline import ImageGenerator
 LATENTS, PIXELS = 1e-4, 1
 LICENCE = "flux-1-dev-non-commercial-license"
 PROMPT = "a red circle on the left of a blue square"
-SETTINGS = {"dtype": "float32", "device": "cpu", "accept_licence": LICENCE}
+SETTINGS = {"dtype": "float32", "device": str(DEVICE), "accept_licence": LICENCE}
 
 
 @dataclass
@@ -58,7 +59,7 @@ def judged(pair: Pair, how: dict[str, Any], kind: str, *, prompt: str = PROMPT) 
 
 
 def compare(pair: Pair, how: dict[str, Any]) -> None:
-    ours = pack(pair.ours.latents(PROMPT, **how)[0])
+    ours = pack(pair.ours.latents(PROMPT, **how)[0]).cpu()
     theirs = judged(pair, how, "latent")
     assert (ours - theirs).abs().max() <= LATENTS
     assert theirs.std() > 0.3  # a comparison of something
@@ -142,7 +143,7 @@ def test_picture_i_of_a_request_is_the_first_one_of_seed_plus_i(pair):
     one = pair(0)
     how = request(one, 40, (48, 48), 2, 0.0)
     for index, latents in enumerate(one.ours.latents(PROMPT, n=3, **how)):
-        assert (pack(latents) - judged(one, how | {"seed": 40 + index}, "latent")).abs().max() <= LATENTS
+        assert (pack(latents).cpu() - judged(one, how | {"seed": 40 + index}, "latent")).abs().max() <= LATENTS
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from parity.checkpoints.gemma3n import SHAPES, build
 from parity.checkpoints.writing import Reference
+from parity.device import DEVICE
 from parity.direct import Direct
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def sliced(tmp_path_factory) -> Callable[..., Model]:
         if key not in loaded:
             path = table(tmp_path_factory.mktemp("slices"), slices)
             offered = read_table(path, default)
-            loaded[key] = load_model(str(judge.folder), dtype="float32", device="cpu", slices=offered).model
+            loaded[key] = load_model(str(judge.folder), dtype="float32", device=str(DEVICE), slices=offered).model
         return loaded[key]
 
     return get
@@ -240,7 +241,13 @@ def test_a_slice_chosen_at_load_equals_the_same_slice_chosen_by_a_request_and_ho
 
 
 def llm(judge: Reference, path: str, **settings) -> LLM:
-    defaults = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 8}
+    defaults = {
+        "dtype": "float32",
+        "device": str(DEVICE),
+        "max_num_batched_tokens": 32,
+        "max_num_seqs": 8,
+        "block_size": 8,
+    }
     sizes = {"max_model_len": 256, "kv_cache_tokens": 4096, "matformer_config_path": path}
     return LLM(str(judge.folder), **{**defaults, **sizes, **settings})
 

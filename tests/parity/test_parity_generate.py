@@ -7,6 +7,7 @@ import random
 import pytest
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.writing import Reference
+from parity.device import DEVICE
 
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.sampling_params import SamplingParams
@@ -25,7 +26,7 @@ CACHES = {
 
 
 def llm(judge: Reference, **settings) -> LLM:
-    defaults = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": CHUNK, "max_num_seqs": 16}
+    defaults = {"dtype": "float32", "device": str(DEVICE), "max_num_batched_tokens": CHUNK, "max_num_seqs": 16}
     return LLM(str(judge.folder), **{**defaults, "max_model_len": 256, "kv_cache_tokens": 4096, **settings})
 
 
@@ -128,4 +129,4 @@ def test_scores_of_the_offline_engine_are_the_references_logits(name, reference)
     # Given a prompt of several chunks, when it is scored, then every logit is the reference's.
     judge = reference(name, 0)
     ids = prompts(judge, 17, [100])[0]
-    assert float((llm(judge).score(ids) - judge.logits(ids)).abs().max()) <= judge.tolerance
+    assert float((llm(judge).score(ids).cpu() - judge.logits(ids)).abs().max()) <= judge.tolerance

@@ -8,6 +8,7 @@ import pytest
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.phimoe import BORDER
 from parity.checkpoints.writing import write
+from parity.device import DEVICE
 from soak import LONGEST, Soak, make_jobs, quiet
 
 from inferfleet.engine.offline import LLM
@@ -17,7 +18,7 @@ SMALL = {"max_num_seqs": 6, "max_num_batched_tokens": 24, "block_size": 8, "kv_c
 
 
 def engine_of(folder, settings):
-    return LLM(str(folder), dtype="float32", device="cpu", max_model_len=LONGEST, threads=1, **settings).engine
+    return LLM(str(folder), dtype="float32", device=str(DEVICE), max_model_len=LONGEST, threads=1, **settings).engine
 
 
 def soak(folder, noise: float) -> None:

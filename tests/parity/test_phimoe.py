@@ -13,6 +13,7 @@ import pytest
 import torch
 from parity.checkpoints.phimoe import BORDER, BORDER_LENGTH
 from parity.checkpoints.writing import Reference, write
+from parity.device import DEVICE
 from parity.direct import Direct
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
@@ -54,7 +55,7 @@ def prompts(judge: Reference, lengths: list[int], seed: int = 0) -> list[list[in
 
 
 def llm(judge: Reference, **settings) -> LLM:
-    defaults = {"dtype": "float32", "device": "cpu", "max_num_batched_tokens": 32, "max_num_seqs": 8}
+    defaults = {"dtype": "float32", "device": str(DEVICE), "max_num_batched_tokens": 32, "max_num_seqs": 8}
     return LLM(str(judge.folder), **{**defaults, "max_model_len": 160, "kv_cache_tokens": 1600, **settings})
 
 
@@ -203,7 +204,7 @@ def test_an_answer_that_goes_on_after_a_restart_is_the_same_on_either_side(told,
 def test_scores_are_those_of_one_pass_over_the_whole_text(length, border):
     judge = border(0)
     ids = prompts(judge, [length], seed=9)[0]
-    assert float((llm(judge).score(ids) - judge.logits(ids)).abs().max()) <= judge.tolerance
+    assert float((llm(judge).score(ids).cpu() - judge.logits(ids)).abs().max()) <= judge.tolerance
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -237,4 +238,4 @@ def test_a_wrong_field_is_named(change, rope_change, error, says, border, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(error, match=says):
-        load_model(str(tmp_path), device="cpu")
+        load_model(str(tmp_path), device=str(DEVICE))

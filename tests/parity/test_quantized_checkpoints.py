@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from parity.device import CPU, DEVICE
 from parity.direct import Direct
 from parity.threads_as_ranks import load_split, on_every_rank
 from safetensors.torch import load_file, save_file
@@ -150,7 +151,7 @@ def test_a_published_format_scores_as_the_reference_with_its_decoded_weights(for
     exact = judge.loaded_from(tmp_path / "decoded")
     ids = list(range(7, 60))
     # when it is loaded, then it scores as the reference over what the codes mean.
-    loaded = load_model(str(tmp_path / "packed"), dtype="float32", device="cpu")
+    loaded = load_model(str(tmp_path / "packed"), dtype="float32", device=str(DEVICE))
     scores = Direct(loaded.model).score([ids], 16)[0]
     assert float((scores - exact.logits(ids)).abs().max()) <= judge.tolerance
     assert loaded.quantization
@@ -166,7 +167,7 @@ def test_two_ranks_cut_what_came_coded_and_lose_nothing(form, name, reference, t
     ids = list(range(7, 60))
     # when two ranks load it, then both score as the reference over what the whole codes mean.
     models = load_split(tmp_path / "packed", 2)
-    for scores in on_every_rank(2, lambda rank: Direct(models[rank]).score([ids], 16)[0]):
+    for scores in on_every_rank(2, lambda rank: Direct(models[rank], device=CPU).score([ids], 16)[0]):
         assert float((scores - exact.logits(ids)).abs().max()) <= judge.tolerance
 
 
@@ -195,4 +196,4 @@ def test_a_format_that_is_not_read_is_refused_by_its_field(config, field, refere
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
 
     with pytest.raises(UnsupportedModel, match=field):
-        load_model(str(tmp_path), device="cpu")
+        load_model(str(tmp_path), device=str(DEVICE))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.writing import Reference, write_tokenizer
+from parity.device import CPU, DEVICE
 from parity.direct import Direct
 from parity.memory import PeakMemory
 from parity.test_parity_logits import prompts
@@ -127,7 +128,7 @@ def test_quantised_logits_equal_the_reference_with_the_decoded_weights(name, see
     exact = with_decoded_weights(judge, kind, tmp_path)
     tokens = prompts(judge.vocab_size, seed, 10)
     # when the checkpoint is quantised while it is read,
-    model = load_model(str(judge.folder), dtype="float32", device="cpu", quantization=kind).model
+    model = load_model(str(judge.folder), dtype="float32", device=str(DEVICE), quantization=kind).model
     scores = Direct(model).score(tokens, 16)
     # then every logit is that reference's, and not the unquantised one's.
     worst = max(float((ours - exact.logits(ids)).abs().max()) for ours, ids in zip(scores, tokens, strict=True))
@@ -154,7 +155,7 @@ def test_each_rank_of_a_split_model_quantises_its_share(name, kind, reference, t
     tokens = prompts(judge.vocab_size, 0, 4)
     # when two ranks quantise their shares while they read them,
     models = load_split(judge.folder, 2, quantization=kind)
-    found = on_every_rank(2, lambda rank: Direct(models[rank]).score(tokens, 16))
+    found = on_every_rank(2, lambda rank: Direct(models[rank], device=CPU).score(tokens, 16))
     # then both have that reference's logits.
     for scores in found:
         for ours, ids in zip(scores, tokens, strict=True):
@@ -174,7 +175,7 @@ def test_a_model_is_quantised_while_it_is_read_and_never_exists_whole(kind, tmp_
     largest = 4 * max(numbers[name] for name in coded)
     # when it is read and quantised in float32,
     with PeakMemory() as memory:
-        loaded = load_model(str(tmp_path), dtype="float32", device="cpu", quantization=kind)
+        loaded = load_model(str(tmp_path), dtype="float32", device=str(DEVICE), quantization=kind)
     # then at no time did more exist than the quantised model and a few copies of one tensor,
     whole = 4 * sum(numbers.values())
     assert memory.peak < 1.1 * expected + plain + 6 * largest < 0.75 * whole

@@ -48,7 +48,7 @@ def test_a_prompt_of_a_thousand_tokens_in_chunks_scores_as_the_reference(referen
     judge = reference(NAME, 0)
     ids = text(judge, 1, 1000)
     engine = llm(judge, max_num_batched_tokens=150, max_model_len=1024)
-    assert float((engine.score(ids) - judge.logits(ids)).abs().max()) <= judge.tolerance
+    assert float((engine.score(ids).cpu() - judge.logits(ids)).abs().max()) <= judge.tolerance
 
 
 def test_the_second_request_takes_up_the_state_that_the_first_left_at_the_end_of_their_common_text(reference):

@@ -10,6 +10,7 @@ import random
 import pytest
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.writing import Reference
+from parity.device import CPU
 from parity.direct import Direct
 from parity.threads_as_ranks import load_split, on_every_rank
 
@@ -38,7 +39,7 @@ def can_split(judge: Reference) -> bool:
 def worst_difference(judge: Reference, size: int, lengths: list[int], paged: bool = True) -> float:
     """Over all ranks: each of them has the whole logits."""
     models, tokens = load_split(judge.folder, size), prompts(judge, lengths)
-    found = on_every_rank(size, lambda rank: Direct(models[rank], paged=paged).score(tokens, 16))
+    found = on_every_rank(size, lambda rank: Direct(models[rank], paged=paged, device=CPU).score(tokens, 16))
     return max(
         float((ours - judge.logits(ids)).abs().max())
         for scores in found
