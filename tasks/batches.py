@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from inferfleet.tasks import names
 from inferfleet.tasks.call import Arg, Call, Key, from_json, integer, opt, text, to_json
 from inferfleet.tasks.calls import as_word
 from inferfleet.tasks.errors import (
@@ -67,6 +68,9 @@ class BatchRecord:
     retry_of: str | None = None
     custom_ids: list[str] | None = None
     metadata: dict[str, str] | None = None
+    #: A URL or the id of an endpoint, and of names.BATCH_ENDS those that it is told.
+    webhook: str | None = None
+    webhook_words: tuple[str, ...] = ()
     #: code, line (from 1), message, param.
     errors: list[dict[str, Any]] | None = None
     output_file_id: str | None = None
@@ -95,10 +99,11 @@ def record(batch_id: str, answer: Any) -> BatchRecord:
                "input_tokens", "cached_tokens", "output_tokens", "priority", "keep_seconds", "created_ms",
                "expires_ms")  # fmt: skip
     texts = ("tenant", "status", "endpoint", "input_file_id", "input_shelf", "completion_window")
-    optional = ("model", "retry_of", "output_file_id", "error_file_id")
+    optional = ("model", "retry_of", "output_file_id", "error_file_id", "webhook")
     values: dict[str, Any] = {name: int(raw[name]) for name in numbers} | {name: raw[name] for name in texts}
     values |= {name: raw.get(name) or None for name in optional}
     values |= {name: json.loads(raw[name]) if raw.get(name) else None for name in ("custom_ids", "metadata", "errors")}
+    values["webhook_words"] = tuple(raw.get("webhook_events", "").split())
     times: dict[str, int] = {status: int(raw[f"{status}_ms"]) for status in STATUSES if f"{status}_ms" in raw}
     return BatchRecord(id=batch_id, times=times, **values)
 
@@ -130,6 +135,8 @@ def create(
     custom_ids: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     priority: int = 0,
+    webhook: str | None = None,
+    webhook_words: Sequence[str] = names.BATCH_ENDS,
     idempotency: Idempotency | None = None,
 ) -> Call[tuple[str, bool]]:
     """Accept a batch of a file, or of the failed lines of another batch: its id, and whether it was there before."""
@@ -146,15 +153,18 @@ def create(
             raise BatchState(f"the batch is {text(answer[1])}; its failed lines can be run again once it has ended")
         if verdict == "nothing":
             raise BatchState("no line of the batch has failed")
+        if verdict == "no_endpoint":
+            raise InvalidRequest(f"there is no webhook endpoint {webhook}", param="webhook")
         return text(answer[1]), verdict == "replay"
 
     known = idempotency or Idempotency("", False, None)
     fields: dict[str, Arg] = {
         "completion_window": window, "endpoint": endpoint, "keep_seconds": keep_seconds, "priority": priority,
         "metadata": to_json(metadata or None), "custom_ids": to_json(custom_ids),
+        "webhook_events": " ".join(webhook_words),
     }  # fmt: skip
     args: list[Arg] = [batch_id, tenant, known.digest, opt(known.ttl_ms), "1" if known.look else "", body_hash]
-    args += [opt(input_file_id), opt(retry_of), window_seconds]
+    args += [opt(input_file_id), opt(retry_of), window_seconds, opt(webhook)]
     return Call("batch_create", args + [part for pair in fields.items() for part in pair], parse)
 
 
@@ -293,8 +303,9 @@ class Line:
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    #: Its job, if that is to be forgotten now.
+    #: Its job, and what becomes of that: it is forgotten now, or kept because the text names its pictures.
     job_id: str | None = None
+    job_then: Literal["", "forget", "keep"] = ""
 
 
 def commit(batch_id: str, fence: int, lines_before: int, ended: Sequence[Line]) -> Call[int | None]:
@@ -316,7 +327,8 @@ def commit(batch_id: str, fence: int, lines_before: int, ended: Sequence[Line]) 
     args += [len(ended) - failed, failed, size(False), size(True)]
     args += [sum(getattr(line, f"{kind}_tokens") for line in ended) for kind in ("input", "cached", "output")]
     args += [len(ended), *(line.number for line in ended), *("1" if line.failed else "" for line in ended)]
-    return Call("batch_commit", args + [line.job_id for line in ended if line.job_id], parse)
+    args += [*(line.job_then for line in ended), *(opt(line.job_id) for line in ended)]
+    return Call("batch_commit", args, parse)
 
 
 def seal(batch_id: str, fence: int, n: int, part: Part, *, in_ledger: bool) -> Call[str]:

@@ -66,6 +66,16 @@ def line(custom_id: str, text: str = "say hi", model: str = "paper", **body: Any
     }
 
 
+def response_line(custom_id: str, text: str = "say hi", model: str = "paper", **body: Any) -> dict[str, Any]:
+    given = {"model": model, "input": text, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": given}
+
+
+def image_line(custom_id: str, prompt: str = "a cat", model: str = "flux", **body: Any) -> dict[str, Any]:
+    given = {"model": model, "prompt": prompt, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/images/generations", "body": given}
+
+
 def jsonl(lines: list[Any]) -> bytes:
     return b"".join((each if isinstance(each, bytes) else json.dumps(each).encode()) + b"\n" for each in lines)
 

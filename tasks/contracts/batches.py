@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from inferfleet.tasks.contracts.contract import Contract, Metadata, Priority, refused
+from inferfleet.tasks import names
+from inferfleet.tasks.contracts.contract import Contract, Metadata, Priority, is_a_webhook, named_once, refused
+from inferfleet.tasks.hook_url import MAX_URL_CHARS
 
 MIN_KEEP, MAX_KEEP = 3600, 30 * 86400
 WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])", re.ASCII)
@@ -14,8 +16,11 @@ MAX_WINDOW = 30 * 86400
 MAX_LINES = 50_000
 
 #: What lines of a batch may ask for.
-BatchEndpoint = Literal["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"]
+BatchEndpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"]
 FileIdText = Annotated[str, Field(pattern=r"^file-[0-9a-f]{32}$")]
+BatchWords = Annotated[
+    list[Literal["completed", "failed", "expired", "cancelled"]], Field(min_length=1, max_length=len(names.BATCH_ENDS))
+]
 CustomId = Annotated[str, Field(min_length=1, max_length=512)]
 
 
@@ -44,6 +49,13 @@ class BatchRequest(Contract):
     output_expires_after: ExpiresAfter | None = None
     #: Among batches; lower runs first. Online work comes before any of them.
     priority: Priority | None = None
+    #: An https URL, or the id of a webhook endpoint, that is told how the batch ends.
+    webhook: Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARS)] | None = None
+    #: Which of its ends is told; None = each.
+    webhook_events_filter: BatchWords | None = None
+
+    _webhook = field_validator("webhook")(is_a_webhook)
+    _words_once = field_validator("webhook_events_filter")(named_once)
 
     @field_validator("completion_window")
     @classmethod

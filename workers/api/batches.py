@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from inferfleet.tasks import batches, files, strict_json
+from inferfleet.tasks import batches, files, names, strict_json
 from inferfleet.tasks.batches import BatchRecord, Idempotency, Results
 from inferfleet.tasks.calls import check_idempotency_key, idempotency_digest
 from inferfleet.tasks.contracts import validated
 from inferfleet.tasks.contracts.batches import MAX_LINES, BatchRequest, RetryRequest, window_seconds
+from inferfleet.tasks.contracts.contract import ENDPOINT_ID
 from inferfleet.tasks.errors import BatchNotFound, OutputNotFound
 from inferfleet.tasks.shelf import unmarked
 from inferfleet.workers.api import openapi_files as docs
@@ -22,6 +23,7 @@ from inferfleet.workers.api.parameters import only_known_parameters
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
+from inferfleet.workers.webhooks.guard import Policy
 
 router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
 
@@ -46,6 +48,8 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
     Idempotency-Key, it is still one batch."""
     asked = await read_contract(request, use.settings.max_body_bytes, _parse_batch)
     known_file(asked.input_file_id)
+    if asked.webhook is not None and not ENDPOINT_ID.fullmatch(asked.webhook):
+        Policy.of(use.settings).url(asked.webhook)
     keep = asked.output_expires_after.seconds if asked.output_expires_after else files.DEFAULT_SECONDS
     digest = body_digest("batch", asked.model_dump_json())
     batch_id, replayed = await use.ledger.run(
@@ -60,6 +64,8 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
             input_file_id=asked.input_file_id,
             metadata=asked.metadata,
             priority=asked.priority or 0,
+            webhook=asked.webhook,
+            webhook_words=asked.webhook_events_filter or names.BATCH_ENDS,
             idempotency=idempotency_of(request, tenant, digest),
         )
     )
@@ -115,6 +121,8 @@ async def retry_batch(request: Request, batch_id: BatchId, tenant: Tenant, use: 
             custom_ids=asked.custom_ids,
             metadata=parent.metadata,
             priority=parent.priority,
+            webhook=parent.webhook,
+            webhook_words=parent.webhook_words,
             idempotency=idempotency_of(request, tenant, digest),
         )
     )

@@ -127,10 +127,19 @@ def check_line(raw: bytes, rules: Rules, seen: set[bytes]) -> tuple[str, dict[st
 
 def prefix_key(body: dict[str, Any]) -> bytes:
     """Equal beginnings give keys with equal beginnings, so that sorted lines find what the one before left cached."""
-    prompt = body.get("prompt")
-    text = prompt if isinstance(prompt, str) else prompt_text(body.get("messages"))
+    text = beginning(body)
     cuts = (text[:length].encode() for length in PREFIXES)
     return b"".join(hashlib.blake2b(cut, digest_size=4).digest() for cut in cuts)
+
+
+def beginning(body: dict[str, Any]) -> str:
+    """The beginning of what the model reads: of a picture's prompt, a chat's messages, a response's input."""
+    if "input" in body:
+        asked = body["input"]
+        messages = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        return prompt_text([{"role": "system", "content": body.get("instructions")}, *messages])
+    prompt = body.get("prompt")
+    return prompt if isinstance(prompt, str) else prompt_text(body.get("messages"))
 
 
 def prompt_text(messages: Any) -> str:

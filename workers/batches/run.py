@@ -257,9 +257,8 @@ class BatchRun:
         """What the files say of a job that ended."""
         batch_id, number, custom_id = self.batch.id, flying.number, flying.line.custom_id
         if ended.state in ("completed", "incomplete"):
-            body = self._reader.with_pictures(ended, self._picture)
-            forget = not ended.outputs  # the urls of its pictures work as long as the job is there
-            return lines.succeeded(batch_id, number, custom_id, job_id, body, ended.usage, forget)
+            body, keep = self._reader.with_pictures(ended, self._picture)
+            return lines.succeeded(batch_id, number, custom_id, job_id, body, ended.usage, keep)
         code = (ended.error or {}).get("code")
         if ended.state == "expired" and code == "deadline_exceeded" and not flying.line.own_deadline:
             return lines.not_run(batch_id, number, custom_id, lines.EXPIRED, job_id)
@@ -268,11 +267,12 @@ class BatchRun:
         return lines.refused(batch_id, number, custom_id, job_id, ended.error or {}, ended.usage)
 
     def _link(self, output_id: str) -> tuple[str, int]:
-        """A picture's url, and until when it works: as long as its job, which has just ended."""
+        """A picture's url, and until when it works: a result's time from the end of the window, so that whoever reads
+        the batch when it has ended finds all of them."""
         settings = self.tools.settings
         base = settings.public_url or f"http://{settings.api_host}:{settings.api_port}"
         secret = self._patiently(lambda: self.tools.ledger.run(roster.signing_secret()))
-        until = int(time.time() + settings.result_ttl_seconds)
+        until = int(max(time.time(), self.batch.expires_ms / 1000) + settings.result_ttl_seconds)
         return signed_url(base.rstrip("/"), output_id, until, secret), until
 
     def _picture(self, output: dict[str, Any]) -> bytes:
