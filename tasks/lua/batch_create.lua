@@ -1,6 +1,8 @@
--- Accept a batch once. Writes batch, batches, batches:open, users, owners, seq, idem, and for a retry batch_only.
+-- Accept a batch once. Writes batch, batches, batches:open, users, owners, seq, idem, for a retry batch_only, and what
+-- open_file writes where its runner has to fetch the input first.
 -- ARGV: id, tenant, idem digest ('' = none), idem ttl ms ('' = as long as the batch), look for an earlier one ('1' | ''),
 --       body_hash, input file ('' = the parent's), parent ('' = none), seconds of the window, webhook ('' = none),
+--       name of the input file that is to be fetched ('' = it is there), ms until it is given up,
 --       then field, value, ...
 -- Answers {'new' | 'replay', id} | {'reuse'} | {'no_file'} | {'no_parent'} | {'parent', its status} | {'nothing'} |
 --         {'no_endpoint'} (the webhook names none of this tenant)
@@ -32,8 +34,10 @@ if parent_id ~= '' then
   input = parent.input_file_id
   redis.call('SET', P .. 'batch_only:' .. id, redis.call('GET', P .. 'batch_failed:' .. parent_id))
 end
+if ARGV[11] ~= '' then open_file(input, tenant, ARGV[11], 'batch', ARGV[12]) end
 local file = file_fields(input)
-if not file or file.tenant ~= tenant or file.status ~= 'processed' or file.purpose ~= 'batch' then
+local status = ARGV[11] ~= '' and 'uploading' or 'processed'
+if not file or file.tenant ~= tenant or file.status ~= status or file.purpose ~= 'batch' then
   redis.call('DEL', P .. 'batch_only:' .. id)
   return {'no_file'}
 end
@@ -44,7 +48,7 @@ redis.call('HSET', key, 'tenant', tenant, 'status', 'validating', 'input_file_id
   'fence', '0', 'total', '0', 'completed', '0', 'failed', '0', 'lines', '0', 'parts', '0', 'output_bytes', '0',
   'error_bytes', '0', 'input_tokens', '0', 'cached_tokens', '0', 'output_tokens', '0', 'body_hash', body_hash, 'idem', '',
   'webhook', webhook)
-for i = 11, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i + 1]) end
+for i = 13, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i + 1]) end
 redis.call('ZADD', P .. 'batches:' .. tenant, seq, id)
 redis.call('ZADD', P .. 'batches:open', whole(NOW), id)
 redis.call('SADD', P .. 'users:' .. input, id)

@@ -1,5 +1,6 @@
 """Where the files that jobs make are kept until their jobs are forgotten."""
 
+from inferfleet.tasks.stores.bucket import Bucket
 from inferfleet.tasks.stores.choice import open_async_store, open_store
 from inferfleet.tasks.stores.redis_store import AsyncRedisStore, RedisStore
 from inferfleet.tasks.stores.s3_store import AsyncS3Store, S3Store
@@ -9,6 +10,7 @@ __all__ = [
     "AsyncRedisStore",
     "AsyncS3Store",
     "AsyncStore",
+    "Bucket",
     "RedisStore",
     "S3Store",
     "Store",

@@ -48,6 +48,10 @@ class Wrong(Exception):
         super().__init__(message)
         self.code, self.param = code, param
 
+    def told(self, number: int | None) -> dict[str, Any]:
+        """As the batch object tells it."""
+        return {"code": self.code, "line": number, "message": str(self), "param": self.param}
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -88,7 +92,7 @@ def make_plan(spool: Spool, rules: Rules, tick: Callable[[], None] = lambda: Non
 
 
 def complain(plan: Plan, number: int | None, wrong: Wrong) -> None:
-    plan.errors.append({"code": wrong.code, "line": number, "message": str(wrong), "param": wrong.param})
+    plan.errors.append(wrong.told(number))
 
 
 def check_line(raw: bytes, rules: Rules, seen: set[bytes]) -> tuple[str, dict[str, Any]]:
