@@ -29,6 +29,9 @@ from inferfleet.tasks.s3_url import parse_prefix
 PREFIX = "INFERFLEET_"
 CONFIG_FILE = Path("inferfleet.toml")
 
+#: redis:// or s3://bucket/prefix
+RESULT_STORE = r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
+
 Seconds = Annotated[float, Field(gt=0, le=31 * 86400, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")]
@@ -156,9 +159,7 @@ class Settings(BaseSettings):
     #: Of all pictures of one job.
     max_result_bytes: int = Field(default=256 << 20, ge=1 << 20, le=1 << 32)
     #: Where files are kept: in the ledger's own Redis, or s3://bucket/prefix (see `s3`).
-    result_store: str = Field(
-        default="redis://", pattern=r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
-    )
+    result_store: str = Field(default="redis://", pattern=RESULT_STORE)
     s3: S3Settings = S3Settings()
     #: Tenant -> what its batches may read their input from and write their output to, with the keys of `s3`: any object
     #: whose url begins with one of these. Not where `result_store` is, which holds the files of everybody.
