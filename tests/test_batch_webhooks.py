@@ -6,7 +6,7 @@ import openai
 import pytest
 from fleet import until
 from live_api import LiveApi, running_api
-from live_batches import image_line, jsonl, line, response_line, running_batches, wait_for_end
+from live_batches import jsonl, line, running_batches, wait_for_end
 from outbox_moves import deliveries
 from receivers import Receiver
 
@@ -16,7 +16,7 @@ from inferfleet.workers.webhooks.courier import Courier
 from inferfleet.workers.webhooks.guard import Policy
 from inferfleet.workers.webhooks.sender import Sender
 
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -193,50 +193,3 @@ def test_a_response_that_expires_is_told_as_failed(ledger, api):
         ledger.sweep(100, result_ttl_ms=10**9)
         [event] = received(api, receiver)
     assert (event.type, event.data.id) == ("response.failed", made.id)
-
-
-# Lines of every kind -------------------------------------------------------------------------------------------------
-
-
-def read(api, file_id):
-    content = api.sdk().files.content(file_id).read()
-    return {entry["custom_id"]: entry for entry in map(json.loads, content.splitlines())}
-
-
-def test_lines_of_responses_are_answered_with_response_objects(api):
-    lines = [response_line("whole", "say all is well", instructions="be short"),
-             response_line("cut", "say two words", max_output_tokens=2),
-             response_line("list", [{"role": "user", "content": "say a list"}]),
-             response_line("streamed", stream=True), response_line("behind", background=True),
-             response_line("hot", temperature=3.5)]  # fmt: skip
-    made = start(api, lines, RESPONSES)
-    batch = wait_for_end(api.sdk(), made.id)
-    assert batch.request_counts.model_dump() == {"total": 6, "completed": 3, "failed": 3}
-    output, errors = read(api, batch.output_file_id), read(api, batch.error_file_id)
-    shown = {name: entry["response"]["body"] for name, entry in output.items()}
-    assert {name: (body["object"], body["status"]) for name, body in shown.items()} == {
-        "whole": ("response", "completed"), "cut": ("response", "incomplete"), "list": ("response", "completed")
-    }  # fmt: skip
-    assert shown["whole"]["output"][0]["content"][0]["text"] == "all is well"
-    assert batch.usage.input_tokens == 9
-    params = {name: entry["response"]["body"]["error"]["param"] for name, entry in errors.items()}
-    assert params == {"streamed": "body.stream", "behind": "body.background", "hot": "body.temperature"}
-
-
-def test_pictures_of_a_batch_can_be_fetched_until_long_after_its_window(api, ledger):
-    made = start(api, [image_line("a", n=2), image_line("b", response_format="b64_json")],
-                 "/v1/images/generations", window="10d")  # fmt: skip
-    batch = wait_for_end(api.sdk(), made.id)
-    output = read(api, batch.output_file_id)
-    pictures = output["a"]["response"]["body"]["data"]
-    assert len(pictures) == 2
-    ttl = round(api.settings.result_ttl_seconds)
-    assert {picture["url_expires_at"] for picture in pictures} == {batch.expires_at + ttl}
-    assert output["b"]["response"]["body"]["data"][0]["b64_json"]
-    # the sweep leaves their job so long, and the one whose pictures are in the line is gone
-    [job] = ledger.list("default", metadata={"batch_id": batch.id}).jobs
-    ends = ledger.redis.zscore(f"{ledger.prefix}finished", job.id)
-    assert round(ends / 1000) == pytest.approx(batch.expires_at, abs=1)
-    with api.http() as http:
-        path = pictures[0]["url"].partition("/v1/")[2]
-        assert http.get(f"/v1/{path}").headers["content-type"] == "image/png"

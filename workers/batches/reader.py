@@ -66,10 +66,15 @@ class LineReader:
             raise UnsupportedFeature("background is not served in a batch", param="body.background")
         if (card := self._card(job.body.model)) is not None:
             check_card(job.body, card)
-        given = (job.priority, job.body.priority, self._batch.priority)
-        priority = line_priority(next(value for value in given if value is not None))
+        if job.callback is not None:
+            raise UnsupportedFeature("a line has no webhook; its batch may have one", param="webhook")
         own = job.deadline_ms is not None and job.deadline_ms < self._batch.expires_ms
-        return Prepared(line["custom_id"], job, priority, own)
+        return Prepared(line["custom_id"], job, line_priority(self._wish(job)), own)
+
+    def _wish(self, job: JobRequest) -> int:
+        """The priority that the line names, by number or by tier, else the batch's."""
+        options = (job.priority, job.service_tier, job.body.priority, job.body.service_tier)
+        return job.effective_priority if any(option is not None for option in options) else self._batch.priority
 
     def _card(self, model: str) -> dict[str, Any] | None:
         if time.monotonic() >= self._cards_until:
