@@ -4,11 +4,13 @@ lets their tenant, and whatever becomes of the bucket meanwhile.
 
 import json
 import signal
+from contextlib import ExitStack
 
 import openai
 import pytest
+from fleet import until
 from live_api import LiveApi, running_api
-from live_batches import jsonl, line, read_lines, running_batches, wait_for_end
+from live_batches import RunnerProcess, jsonl, line, read_lines, running_batches, wait_for_end
 from swift_s3 import BUCKET, SwiftServer
 
 from inferfleet.tasks import files
@@ -187,6 +189,51 @@ def test_a_bucket_that_is_away_is_waited_for_and_a_cancelled_batch_does_not_wait
             batch = wait_for_end(api.sdk(), waits.id)
             assert (batch.status, batch.x_fleet["output_problem"]) == ("completed", None)
             assert len(read(client, batch.x_fleet["output_url"])[1]) == 1
+
+
+def held_lines(api, batch_id):
+    """Whether all lines of the batch wait for a worker."""
+    return len(api.worker.ledger.list("default", metadata={"batch_id": batch_id}).jobs) == 2
+
+
+def test_a_runner_that_is_killed_while_it_copies_is_followed_by_another(session_redis, session_swift, tmp_path):
+    with SwiftServer(session_swift.python, tmp_path / "swift") as swift:
+        s3 = swift.settings("", deadline_seconds=1, read_timeout_seconds=1)["s3"]
+        client = make_client(S3Settings(**s3))
+        client.put_object(Bucket=BUCKET, Key="team/in.jsonl", Body=jsonl([line("a"), line("b", "hold on")]))
+        buckets = {"default": [OURS]}
+        places = {"s3": json.dumps(s3), "batch_buckets": json.dumps(buckets)}
+
+        with running_api(session_redis.url, batch_buckets=buckets, s3=s3) as api, ExitStack() as stack:
+
+            def runner():
+                started = RunnerProcess(api.settings, tmp_path, lease_seconds=1, heartbeat_seconds=0.3, **places)
+                stack.callback(started.kill)
+                return started
+
+            # given one that waits for its input
+            swift.signal("object", signal.SIGSTOP)
+            made = create(api, f"{OURS}/in.jsonl", output_url_prefix=f"{OURS}/out/")
+            first = runner()
+            until(lambda: b"store_unavailable" in first.log.read_bytes())
+            first.kill()
+            swift.signal("object", signal.SIGCONT)
+            # then another has it run, and is killed while it writes the files
+            second = runner()
+            until(lambda: held_lines(api, made.id))
+            api.worker.ring("paper", 1)  # runners of their own ring for real workers
+            until(lambda: api.sdk().batches.retrieve(made.id).request_counts.completed == 1)
+            swift.signal("object", signal.SIGSTOP)
+            api.sdk().batches.cancel(made.id)
+            until(lambda: b"store_unavailable" in second.log.read_bytes())
+            second.kill()
+            swift.signal("object", signal.SIGCONT)
+            runner()
+            batch = wait_for_end(api.sdk(), made.id)
+        assert (batch.status, batch.request_counts.failed) == ("cancelled", 1)
+        kinds = {kind: [entry["custom_id"] for entry in read(client, batch.x_fleet[f"{kind}_url"])[1]]
+                 for kind in ("output", "error")}  # fmt: skip
+        assert kinds == {"output": ["a"], "error": ["b"]}
 
 
 def test_an_object_that_is_exchanged_while_it_is_read_fails_the_batch(api, bucket, monkeypatch):
