@@ -27,10 +27,21 @@ OURS = f"s3://{BUCKET}/team"
 
 
 #: Whether the fleet's own files lie in Redis or in a bucket is all the same to the tenants' buckets.
-@pytest.fixture(scope="module", params=["redis", "s3"])
-def shared_api(request, session_redis, session_swift):
-    kept = session_swift.settings("fleet")
-    kept = kept if request.param == "s3" else {"s3": kept["s3"]}
+@pytest.fixture(scope="module", params=["redis", "swift", pytest.param("radosgw", marks=pytest.mark.slow)])
+def where(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(where, request):
+    """The S3 server of the tenants' buckets."""
+    return request.getfixturevalue("session_radosgw" if where == "radosgw" else "session_swift")
+
+
+@pytest.fixture(scope="module")
+def shared_api(where, server, session_redis):
+    kept = server.settings("fleet")
+    kept = {"s3": kept["s3"]} if where == "redis" else kept
     with (
         running_api(session_redis.url, batch_buckets={"default": [OURS, "s3://no-such-bucket"]}, **kept) as api,
         running_batches(api.settings, api.worker.ring),
@@ -45,8 +56,8 @@ def api(shared_api: LiveApi) -> LiveApi:
 
 
 @pytest.fixture
-def bucket(session_swift):
-    return make_client(S3Settings(**session_swift.settings("")["s3"]))
+def bucket(server):
+    return make_client(S3Settings(**server.settings("")["s3"]))
 
 
 def create(api, place, **more):
@@ -196,6 +207,7 @@ def held_lines(api, batch_id):
     return len(api.worker.ledger.list("default", metadata={"batch_id": batch_id}).jobs) == 2
 
 
+@pytest.mark.slow
 def test_a_runner_that_is_killed_while_it_copies_is_followed_by_another(session_redis, session_swift, tmp_path):
     with SwiftServer(session_swift.python, tmp_path / "swift") as swift:
         s3 = swift.settings("", deadline_seconds=1, read_timeout_seconds=1)["s3"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import uuid
 
 import pytest
 import redis
@@ -38,9 +39,14 @@ class Waited:
         self._loop.close()
 
 
-@pytest.fixture(params=["redis", "async redis", "s3", "async s3", "memory"])
+SLOW = [pytest.param(f"{kind}radosgw", marks=pytest.mark.slow) for kind in ("", "async ")]
+
+
+@pytest.fixture(params=["redis", "async redis", "s3", "async s3", "memory", *SLOW])
 def store(request, redis_url, ledger):
     kept = request.getfixturevalue("s3") if "s3" in request.param else {}
+    if "radosgw" in request.param:
+        kept = request.getfixturevalue("session_radosgw").settings(f"test-{uuid.uuid4().hex}")
     settings = Settings(redis_url=redis_url, namespace="test", **kept)
     if request.param.startswith("async"):
         store = Waited(settings)
@@ -94,7 +100,7 @@ def test_a_link_is_given_by_stores_that_clients_may_ask(store, request):
     # Given what every store is asked in one way
     link = store.presign("out_1", content_type="image/png", filename="a.png", seconds=60)
     # Then it is a link for a while, with our type and as an attachment, or none
-    if "s3" in request.node.callspec.params["store"]:
+    if request.node.callspec.params["store"].endswith(("s3", "radosgw")):
         assert link.startswith("http://127.0.0.1:")
         assert "response-content-type=image%2Fpng" in link
         assert "response-content-disposition=attachment" in link

@@ -35,7 +35,7 @@ PATIENCE_SECONDS = 3600.0
 KINDS: tuple[Kind, ...] = ("output", "error")
 
 
-class Hands(Protocol):
+class RunContext(Protocol):
     """What a run of a batch lends."""
 
     batch: BatchRecord
@@ -54,17 +54,17 @@ class Hands(Protocol):
 class Exchange:
     """Of one batch."""
 
-    def __init__(self, settings: Settings, store: Store, hands: Hands) -> None:
+    def __init__(self, settings: Settings, store: Store, run: RunContext) -> None:
         self._settings = settings
         self._store = store
-        self._hands = hands
-        self._batch = hands.batch
+        self._run = run
+        self._batch = run.batch
 
     # In ----------------------------------------------------------------------------------------------------------
 
     def fetch(self) -> None:
         """Copy the input, unless that was done before. Raises Wrong where the batch cannot be run."""
-        batch, say = self._batch, self._hands.say
+        batch, say = self._batch, self._run.say
         try:
             say(files.get_file(batch.input_file_id))
         except FileNotFound:
@@ -82,8 +82,8 @@ class Exchange:
         for n, start in enumerate(range(0, size, PART_BYTES)):
             data = self._ask(partial(bucket.read, url, etag, start, min(PART_BYTES, size - start)))
             key = files.part_key(batch.input_file_id, batch.fence, n)
-            stored = self._hands.patiently(partial(self._store.put, key, data, CONTENT_TYPE))
-            self._hands.check()
+            stored = self._run.patiently(partial(self._store.put, key, data, CONTENT_TYPE))
+            self._run.check()
             part = Part(key, stored.size_bytes, stored.sha256)
             say(files.add_part(batch.input_file_id, n, part, in_ledger=self._store.in_ledger))
         say(files.close_file(batch.input_file_id, size, files.DEFAULT_SECONDS, body_hash=etag))
@@ -98,8 +98,8 @@ class Exchange:
         """Ask the bucket for the input until the window ends."""
 
         def attempt() -> T:
-            self._hands.check()
-            if self._hands.held.status == "cancelling":
+            self._run.check()
+            if self._run.held.status == "cancelling":
                 raise Wrong("batch_cancelled", "the batch was cancelled before its input was read", None)
             try:
                 return call()
@@ -114,7 +114,7 @@ class Exchange:
                     raise Wrong("input_not_readable", error.message, "input_file_id") from None
                 raise
 
-        return self._hands.patiently(attempt)
+        return self._run.patiently(attempt)
 
     # Out ---------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Exchange:
         Done again by another runner it writes the same bytes to the same places.
         """
         prefix, about = self._batch.output_url_prefix or "", {}
-        record = self._hands.say(batches.get(self._batch.id))
+        record = self._run.say(batches.get(self._batch.id))
         sizes = {"output": record.output_bytes, "error": record.error_bytes}
         give_up = max(self._batch.expires_ms / 1000, time.time() + PATIENCE_SECONDS)
         try:
@@ -143,12 +143,12 @@ class Exchange:
         if size > Bucket.MAX_WRITE_BYTES:
             raise Wrong("output_too_large", f"the {kind} file has {size} bytes; S3 takes no more than 5 GiB", None)
         with tempfile.TemporaryFile(prefix="inferfleet-batch-") as file:
-            for part in self._hands.say(files.parts_of(self._batch.id)):
-                self._hands.check()
-                file.write(selected(self._hands.patiently(partial(self._store.get, part.key, part.sha256)), kind))
+            for part in self._run.say(files.parts_of(self._batch.id)):
+                self._run.check()
+                file.write(selected(self._run.patiently(partial(self._store.get, part.key, part.sha256)), kind))
 
             def attempt() -> None:
-                self._hands.check()
+                self._run.check()
                 try:
                     bucket.write(url, file, CONTENT_TYPE)
                 except StoreUnavailable as error:
@@ -156,4 +156,4 @@ class Exchange:
                         raise Wrong("output_not_written", error.message, None) from None
                     raise
 
-            self._hands.patiently(attempt)
+            self._run.patiently(attempt)
