@@ -23,6 +23,7 @@
     │   ├── ResponseNotFound             404 response_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
+    ├── ObjectChanged                    500 object_changed
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
     │   ├── BatchState                   409 batch_state
@@ -209,6 +210,12 @@ class OutputDamaged(FleetError):
     """The stored file is not what was written."""
 
     code = "output_damaged"
+
+
+class ObjectChanged(FleetError):
+    """The object in the bucket was exchanged while it was read."""
+
+    code = "object_changed"
 
 
 class EndpointNotFound(NotFound):

@@ -19,8 +19,15 @@ TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "expir
 WEBHOOK_WORDS = ("completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output")
 #: What a job's webhook is told unless the job says what else.
 WEBHOOK_ENDS = WEBHOOK_WORDS[:5]
+#: What a batch's webhook may be told, and what the response of a job of RESPONSES_URL may end as: OpenAI's words.
+BATCH_ENDS = ("completed", "failed", "expired", "cancelled")
+RESPONSE_ENDS = ("completed", "failed", "cancelled", "incomplete")
 #: The event types that a webhook endpoint may ask for.
-WEBHOOK_EVENTS = tuple(f"job.{word}" for word in WEBHOOK_WORDS)
+WEBHOOK_EVENTS = (
+    *(f"job.{word}" for word in WEBHOOK_WORDS),
+    *(f"response.{word}" for word in RESPONSE_ENDS),
+    *(f"batch.{word}" for word in BATCH_ENDS),
+)
 
 DELTA = "response.output_text.delta"
 PROGRESS = "job.progress"

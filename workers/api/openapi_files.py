@@ -58,10 +58,16 @@ class BatchCounts(BaseModel):
 
 
 class BatchFacts(BaseModel):
-    """What is not OpenAI's: the priority among batches, and the batch whose failed lines this one runs again."""
+    """What is not OpenAI's: the priority among batches, the batch whose failed lines this one runs again, and the
+    places in buckets: of its input, and of its files or why these could not be written."""
 
     priority: int
     retry_of: str | None
+    input_url: str | None
+    output_url_prefix: str | None
+    output_url: str | None
+    error_url: str | None
+    output_problem: str | None
 
 
 class BatchAnswer(BaseModel):

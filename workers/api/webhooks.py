@@ -11,10 +11,11 @@ from inferfleet.tasks import names, strict_json, webhooks
 from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation, validated
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID, C
-from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, NoWebhookWorker, ReceiverFailed
+from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, InvalidRequest, NoWebhookWorker, ReceiverFailed
 from inferfleet.tasks.webhooks import Delivery, Endpoint
 from inferfleet.workers.api import openapi_webhooks as docs
 from inferfleet.workers.api.auth import Tenant
+from inferfleet.workers.api.batches import known_batch
 from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.jobs import known_id, only_known_parameters
 from inferfleet.workers.api.responses import json_response
@@ -143,15 +144,25 @@ async def list_deliveries(
     use: Use,
     webhook_endpoint_id: Annotated[str | None, Query(description="only those of this endpoint")] = None,
     job_id: Annotated[str | None, Query(description="only those of this job")] = None,
+    batch_id: Annotated[str | None, Query(description="only those of this batch")] = None,
     status: Annotated[Literal["pending", "delivered", "failed"] | None, Query(description="only in this state")] = None,
     after: Annotated[str | None, Query(description="the last id of the page before")] = None,
     limit: Limit = 20,
 ) -> Response:
     """The caller's deliveries, newest first. Those of progress are not kept."""
-    for given, check in ((webhook_endpoint_id, known_endpoint), (job_id, known_id), (after, known_delivery)):
+    asked = (
+        (webhook_endpoint_id, known_endpoint),
+        (job_id, known_id),
+        (batch_id, known_batch),
+        (after, known_delivery),
+    )
+    for given, check in asked:
         if given is not None:
             check(given)
-    found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, job_id, status, after, limit)
+    if job_id is not None and batch_id is not None:
+        raise InvalidRequest("a delivery tells of a job or of a batch: ask for one of them", param="batch_id")
+    subject = job_id or batch_id
+    found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, subject, status, after, limit)
     return _page([_delivery(delivery) for delivery in found], more)
 
 
@@ -210,12 +221,14 @@ def _shown(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _delivery(delivery: Delivery) -> dict[str, Any]:
+    of_batch = delivery.type.startswith("batch.")
     return {
         "id": delivery.id,
         "object": "webhook_delivery",
         "event_id": delivery.event,
         "event_type": delivery.type,
-        "job_id": delivery.subject,
+        "job_id": None if of_batch else delivery.subject,
+        "batch_id": delivery.subject if of_batch else None,
         "webhook_endpoint_id": delivery.endpoint,
         "url": delivery.url,
         "status": delivery.state,
