@@ -270,7 +270,7 @@ class BatchRun:
     def _link(self, output_id: str) -> tuple[str, int]:
         """A picture's url, and until when it works: as long as its job, which has just ended."""
         settings = self.tools.settings
-        base = settings.public_url or f"http://{settings.api_host}:{settings.api_port}"
+        base = settings.public_url or settings.local_api_url
         secret = self._patiently(lambda: self.tools.ledger.run(roster.signing_secret()))
         until = int(time.time() + settings.result_ttl_seconds)
         return signed_url(base.rstrip("/"), output_id, until, secret), until
