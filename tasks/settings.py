@@ -229,6 +229,11 @@ class Settings(BaseSettings):
                         f"{prefix} holds the files of all tenants (result_store)", param=f"batch_buckets.{tenant}"
                     )
 
+    @property
+    def local_api_url(self) -> str:
+        """Where this machine reaches an API that listens as these settings say."""
+        return local_url(self.api_host, self.api_port)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -240,6 +245,12 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         path = Path(os.environ.get(PREFIX + "CONFIG", CONFIG_FILE))
         return (init_settings, env_settings, InitSettingsSource(settings_cls, read_toml(path)))
+
+
+def local_url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens there."""
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:

@@ -34,6 +34,8 @@ Tier = Literal["auto", "default", "flex", "priority"]
 WebhookWord = Literal["completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output"]
 WebhookWords = Annotated[list[WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS))]
 User = Annotated[str, Field(max_length=512)]
+#: Taken for the sake of clients that send it.
+Ignored = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=MAX_METADATA),

@@ -28,6 +28,7 @@ from inferfleet.tasks.contracts.chat import (
 from inferfleet.tasks.contracts.contract import (
     MAX_SEED,
     Contract,
+    Ignored,
     ModelName,
     QueueOptions,
     User,
@@ -59,7 +60,6 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
 
 Id = Annotated[str, Field(min_length=1, max_length=128)]
-Ignored = Annotated[str, Field(max_length=512)]
 
 
 class InputPart(Contract):

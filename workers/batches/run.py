@@ -287,7 +287,7 @@ class BatchRun:
         """A picture's url, and until when it works: a result's time from the end of the window, so that whoever reads
         the batch when it has ended finds all of them."""
         settings = self.tools.settings
-        base = settings.public_url or f"http://{settings.api_host}:{settings.api_port}"
+        base = settings.public_url or settings.local_api_url
         secret = self.patiently(lambda: self.tools.ledger.run(roster.signing_secret()))
         until = int(max(time.time(), self.batch.expires_ms / 1000) + settings.result_ttl_seconds)
         return signed_url(base.rstrip("/"), output_id, until, secret), until
