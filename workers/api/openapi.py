@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from inferfleet.tasks.contracts import (
@@ -134,7 +134,15 @@ class JobPageAnswer(BaseModel):
 
 
 class JobUpdate(Contract):
-    """What may change while a job waits. Lower priority runs first."""
+    """What may change while a job waits; at least one. Lower priority runs first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": "number"}}} for name in ("priority", "deadline")
+            ]
+        }
+    )
 
     priority: Priority | None = None
     #: Unix seconds.
@@ -218,11 +226,18 @@ def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     return {"responses": extra | named | always}
 
 
-def header(name: str, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+def header(name: str, text: str, **schema: Any) -> dict[str, Any]:
+    schema = {"type": "string", **schema}
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
 
 
-KEY = header("Idempotency-Key", "1 to 255 printable characters; the same key and body give the same job")
+def key_header(what: str) -> dict[str, Any]:
+    """A space at either end of a header is not part of it."""
+    text = f"1 to 255 printable characters; the same key and body give the same {what}"
+    return header("Idempotency-Key", text, pattern="^[!-~]([ -~]{0,253}[!-~])?$", maxLength=255)
+
+
+KEY = key_header("job")
 PREFER = header("Prefer", "`respond-async`: answer 202 at once; `wait=N`: answer 202 after N seconds, at most 60")
 
 _JOB = answer("the job", Job)

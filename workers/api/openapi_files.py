@@ -6,10 +6,10 @@ from pydantic import BaseModel
 
 from inferfleet.tasks.batches import Status
 from inferfleet.tasks.contracts.batches import BatchRequest, ExpiresAfter, FileFields, RetryRequest
-from inferfleet.workers.api.openapi import BODY_ERRORS, answer, answers, body, header, ref
+from inferfleet.workers.api.openapi import BODY_ERRORS, answer, answers, body, key_header, ref
 
 FORM = "FileForm"
-KEY = header("Idempotency-Key", "1 to 255 printable characters; the same key and body give the same object")
+KEY = key_header("object")
 
 
 class FileAnswer(BaseModel):

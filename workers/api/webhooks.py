@@ -55,7 +55,7 @@ router = APIRouter(prefix="/v1", tags=["webhooks"], dependencies=[Depends(only_k
 async def create_endpoint(request: Request, tenant: Tenant, use: Use) -> Response:
     """Make an endpoint. Its signing secret is in this answer and in no later one."""
     wanted = await _read(request, EndpointCreate)
-    Policy.of(use.settings).url(wanted.url)
+    Policy.of(use.settings).url(wanted.url, "url")
     endpoint_id, secret = webhooks.new_endpoint_id(), webhooks.new_secret()
     await use.ledger.put_endpoint(endpoint_id, tenant, wanted.name, wanted.url, wanted.event_types, secret)
     return json_response(_shown(await use.ledger.endpoint(endpoint_id, tenant)) | {"signing_secret": secret})
@@ -89,7 +89,7 @@ async def update_endpoint(request: Request, endpoint_id: EndpointId, tenant: Ten
     """Change an endpoint. `"status": "enabled"`, or another URL, lets what waited for it go."""
     change = await _read(request, EndpointUpdate)
     if change.url is not None:
-        Policy.of(use.settings).url(change.url)
+        Policy.of(use.settings).url(change.url, "url")
     await use.ledger.update_endpoint(
         endpoint_id, tenant, name=change.name, url=change.url, events=change.event_types, enable=bool(change.status)
     )
