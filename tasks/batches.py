@@ -205,7 +205,7 @@ def list_batches(tenant: str, after: str | None, limit: int) -> Call[tuple[list[
 
     def parse(answer: list[Any] | None) -> tuple[list[BatchRecord], bool]:
         if answer is None:
-            raise InvalidRequest("after names no batch of this tenant", param="after")
+            raise BatchNotFound("after names no batch of this tenant", param="after")
         found = [record(text(batch_id), fields) for batch_id, fields in answer]
         return found[:limit], len(found) > limit
 

@@ -37,6 +37,8 @@ CHAT_URL = "/v1/chat/completions"
 RESPONSES_URL = "/v1/responses"
 IMAGES_URL = "/v1/images/generations"
 EDITS_URL = "/v1/images/edits"
+RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
+OUTPUT_ID = re.compile(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}")
 
 
 def turn_queue(model: str, namespace: str = "inferfleet") -> str:
@@ -71,7 +73,7 @@ def response_id(job_id: str) -> str:
 
 def job_of_response(response: str) -> str | None:
     """The job whose response this may be; None for what is no id of a response."""
-    found = re.fullmatch(r"resp_([0-9a-f]{32})", response)
+    found = RESPONSE_ID.fullmatch(response)
     return f"job_{found[1]}" if found else None
 
 
@@ -82,7 +84,7 @@ def output_id(job_id: str, fence: int, index: int) -> str:
 
 def job_of_output(output: str) -> str | None:
     """The job whose file this may be; None for what is no id of a file."""
-    found = re.fullmatch(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}", output)
+    found = OUTPUT_ID.fullmatch(output)
     return f"job_{found[1]}" if found else None
 
 

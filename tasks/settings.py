@@ -174,6 +174,8 @@ class Settings(BaseSettings):
     #: Batches that one runner has under way, and lines of one model that one batch has waiting or running.
     batch_slots: int = Field(default=8, ge=1, le=256)
     batch_window: int = Field(default=256, ge=1, le=10_000)
+    #: A request that stays silent this long before it is whole is refused. Its body also has to come at 1 KiB/s.
+    read_timeout_seconds: Seconds = 30
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)

@@ -50,7 +50,7 @@ class BatchRequest(Contract):
     input_file_id: S3Text
     endpoint: BatchEndpoint
     #: "24h", or any whole number of minutes, hours or days up to 30 days.
-    completion_window: Annotated[str, Field(max_length=8)]
+    completion_window: Annotated[str, Field(max_length=8, json_schema_extra={"pattern": f"^{WINDOW.pattern}$"})]
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     #: Among batches; lower runs first. Online work comes before any of them.

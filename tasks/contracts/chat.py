@@ -49,6 +49,10 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
+]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -139,9 +143,7 @@ class ChatCompletionRequest(QueueOptions):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     #: Token ids (as text, JSON has no other keys) -> -100..100.
-    logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
-    ) = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -127,6 +127,7 @@ def described(error: ValidationError) -> InvalidRequest:
     param = strict_json.dotted(tuple(part for part in path if part != "[key]"))
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field {param}", param=param)
-    message = first["msg"] if first["type"] in ("refused", "unsupported") else f"{param or 'body'}: {first['msg']}"
+    said = "Input should be an object" if first["type"] in ("model_type", "dict_type") else first["msg"]
+    message = said if first["type"] in ("refused", "unsupported") else f"{param or 'body'}: {said}"
     kind = UnsupportedFeature if first["type"] == "unsupported" else InvalidRequest
     return kind(message, param=param)

@@ -21,7 +21,7 @@ from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.files import chained, listed
-from inferfleet.workers.api.parameters import only_known_parameters
+from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
@@ -34,7 +34,7 @@ POLL_AFTER_MS = "2000"
 TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 
-def known_batch(batch_id: str) -> str:
+def known_batch(batch_id: Annotated[str, path_id(batches.BATCH_ID.pattern)]) -> str:
     """An id that no batch can have is not found, like any other that is not there."""
     if not batches.BATCH_ID.fullmatch(batch_id):
         raise BatchNotFound(param="batch_id")
@@ -80,7 +80,7 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
 async def list_batches(
     tenant: Tenant,
     use: Use,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(batches.BATCH_ID.pattern)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
     """The caller's batches, newest first."""
