@@ -152,6 +152,8 @@ class Settings(BaseSettings):
         default="redis://", pattern=r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
     )
     s3: S3Settings = S3Settings()
+    #: Tenants that may pause queues, purge what others have waiting, and see whose jobs wait.
+    operators: frozenset[str] = frozenset({"default"})
     #: Waiting jobs a model; more are answered 429.
     max_queued: int = Field(default=10_000, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)

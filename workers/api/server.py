@@ -30,8 +30,10 @@ from inferfleet.workers.api import (
     models,
     openapi_dead,
     openapi_files,
+    openapi_queues,
     openapi_webhooks,
     outputs,
+    queues,
     response_routes,
     webhooks,
 )
@@ -89,7 +91,7 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         redoc_url=None,
     )
     openai = (chat, response_routes, images, files, batches, models)
-    for module in (*openai, jobs, dead_letters, outputs, webhooks, health):
+    for module in (*openai, jobs, queues, dead_letters, outputs, webhooks, health):
         app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)
@@ -208,7 +210,8 @@ def _describe(app: FastAPI) -> None:
 
     def with_components() -> dict[str, Any]:
         document = generate()
-        schemas = components(*openapi_dead.MODELS, *openapi_files.MODELS, *openapi_webhooks.MODELS)
+        parts = (openapi_dead, openapi_files, openapi_queues, openapi_webhooks)
+        schemas = components(*(model for part in parts for model in part.MODELS))
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas | openapi_files.forms(schemas))
         return document
 
