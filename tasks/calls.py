@@ -24,6 +24,8 @@ from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecor
 
 #: Places that a claim looks at before it gives up; overdue jobs among them are ended on the way.
 LOOK_AHEAD = 32
+#: Claims in a row that may pass over a class of jobs that wait: then the least urgent has its turn (ageing).
+AGEING = 32
 #: Events of one job. The log is never cut, because a requeued job goes on from it; a fuller one is refused.
 MAX_EVENTS = 100_000
 EVENTS_PER_READ = 1000
@@ -69,11 +71,15 @@ def submit(
     webhook: str | None = None,
     webhook_words: Sequence[str] = names.WEBHOOK_ENDS,
     batch_id: str | None = None,
+    cost: int = 1,
+    affinity: str | None = None,
 ) -> Call[Submitted]:
     """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay.
 
     webhook: a URL or the id of an endpoint, which is told of webhook_words (names.WEBHOOK_WORDS).
     batch_id: of the batch whose line this is; webhooks are told of the batch, not of its lines.
+    cost: tokens or as much work, for the tenant's fair share. affinity: jobs with the same one run well one after the
+    other on one worker; of any text, only whether it is equal counts.
     """
     if not -100 <= priority <= 100:
         raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
@@ -95,7 +101,12 @@ def submit(
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
     more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None), opt(webhook))
     words = " ".join(webhook_words) if webhook else ""
-    return Call("submit", (*fields, *more, words, opt(batch_id)), parse)
+    return Call("submit", (*fields, *more, words, opt(batch_id), cost, affinity_code(affinity)), parse)
+
+
+def affinity_code(affinity: str | None) -> str:
+    """Eight letters, so that it fits into a place in the queue."""
+    return "" if affinity is None else hashlib.blake2b(affinity.encode(), digest_size=4).hexdigest()
 
 
 def check_idempotency_key(key: str, param: str = "idempotency_key") -> None:
@@ -122,8 +133,8 @@ def get(job_id: str, tenant: str | None = None) -> Call[JobRecord]:
     def parse(answer: list[Any] | None) -> JobRecord:
         if answer is None:
             raise JobNotFound(param="job_id")
-        values, rank, gap = answer
-        gap_ms = integer(gap)
+        values, ahead, gap = answer
+        rank, gap_ms = integer(ahead), integer(gap)
         eta = None if rank is None or gap_ms is None else (rank + 1) * gap_ms
         return record(job_id, RECORD_FIELDS, values, queue_position=rank, eta_ms=eta)
 
@@ -198,12 +209,25 @@ def parse_list(answer: list[Any] | None) -> tuple[str, list[JobRecord]]:
 # Carrying jobs -------------------------------------------------------------------------------------------------------
 
 
-def claim(model: str, *, worker: str, token: str, lease_ms: int = 15_000) -> Steps[Claim | None]:
-    """The best waiting job of a model, or None. A token is good for one claim, however often it is sent."""
-    found = yield Call("claim", (model, worker, token, lease_ms, LOOK_AHEAD), lambda answer: answer)
+def claim(
+    model: str,
+    *,
+    worker: str,
+    token: str,
+    lease_ms: int = 15_000,
+    online: bool = False,
+    affinity: str = "",
+    ageing: int = AGEING,
+) -> Steps[Claim | None]:
+    """The best waiting job of a model, or None. A token is good for one claim, however often it is sent.
+
+    online: no lines of batches. affinity: of the claim before, for a job that runs well after it.
+    """
+    args = (model, worker, token, lease_ms, LOOK_AHEAD, ageing, "1" if online else "", affinity)
+    found = yield Call("claim", args, lambda answer: answer)
     if text(found[0]) == "none":
         return None
-    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect, tenant = found
+    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect, tenant, warm = found
     published: list[Event] = []
     if int(next_seq) > 2:  # more than this claim's own job.queued and job.in_progress
         published = yield from all_events(text(job_id))
@@ -219,6 +243,7 @@ def claim(model: str, *, worker: str, token: str, lease_ms: int = 15_000) -> Ste
         deadline_ms=integer(deadline),
         suspect=bool(suspect),
         published=[event for event in published if not event["type"].startswith("job.")],
+        affinity=text(warm),
     )
 
 

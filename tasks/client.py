@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from inferfleet.tasks import calls, dead_letters, names, roster
+from inferfleet.tasks import calls, dead_letters, names, queues, roster
 from inferfleet.tasks.call import Call
 from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.dead_letters import Attempt
@@ -21,6 +21,7 @@ from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import InvalidRequest, ModelNotFound, OutputNotFound, SettingsError
 from inferfleet.tasks.job_object import Job, to_job_object
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
+from inferfleet.tasks.queues import Purged, Queue
 from inferfleet.tasks.records import Event, JobRecord
 from inferfleet.tasks.settings import RESULT_STORE, S3Settings
 from inferfleet.tasks.stores import AsyncS3Store, async_store_at, store_at
@@ -227,6 +228,27 @@ def _models(caller: Caller) -> Errand[dict[str, roster.Card]]:
     return (yield roster.cards())
 
 
+def _queues(caller: Caller) -> Errand[list[Queue]]:
+    """Every model's queue that has or had jobs."""
+    return (yield queues.queues())
+
+
+def _pause(caller: Caller, model: str) -> Errand[None]:
+    """Start no more jobs of a model, of any tenant; what runs goes on, what comes waits."""
+    yield queues.pause(model)
+
+
+def _resume(caller: Caller, model: str) -> Errand[None]:
+    """Start a model's jobs again. The workers look for those that wait within a second."""
+    yield queues.resume(model)
+    yield Ring(model)
+
+
+def _purge(caller: Caller, model: str, *, confirm: str) -> Errand[Purged]:
+    """Cancel the tenant's jobs that wait for a model now. confirm: the model again."""
+    return (yield from queues.purge(model, confirm=confirm, tenant=caller.tenant))
+
+
 def errand(plan: Callable[Concatenate[Caller, P], Errand[T]]) -> Callable[Concatenate["Client", P], T]:
     """A method of the sync client."""
 
@@ -328,6 +350,10 @@ class Client(Face):
     attempts = errand(_attempts)
     replay = errand(_replay)
     models = errand(_models)
+    queues = errand(_queues)
+    pause = errand(_pause)
+    resume = errand(_resume)
+    purge = errand(_purge)
 
 
 class AsyncClient(Face):
@@ -382,3 +408,7 @@ class AsyncClient(Face):
     attempts = async_errand(_attempts)
     replay = async_errand(_replay)
     models = async_errand(_models)
+    queues = async_errand(_queues)
+    pause = async_errand(_pause)
+    resume = async_errand(_resume)
+    purge = async_errand(_purge)

@@ -19,6 +19,7 @@ from redis.retry import Retry
 
 from inferfleet.tasks import calls, kept_runs, roster, webhooks
 from inferfleet.tasks import dead_letters as letters
+from inferfleet.tasks import queues as lines
 from inferfleet.tasks.call import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 
@@ -167,6 +168,11 @@ class Ledger(Carrier):
     replay = verb(letters.replay)
     delete_dead_letter = verb(letters.delete_dead_letter)
 
+    queues = verb(lines.queues)
+    pause = verb(lines.pause)
+    resume = verb(lines.resume)
+    purge = verb(lines.purge)
+
     stats = verb(roster.stats)
     put_worker = verb(roster.put_worker)
     workers = verb(roster.workers)
@@ -264,6 +270,11 @@ class AsyncLedger(Carrier):
     replay = async_verb(letters.replay)
     delete_dead_letter = async_verb(letters.delete_dead_letter)
 
+    queues = async_verb(lines.queues)
+    pause = async_verb(lines.pause)
+    resume = async_verb(lines.resume)
+    purge = async_verb(lines.purge)
+
     stats = async_verb(roster.stats)
     put_worker = async_verb(roster.put_worker)
     workers = async_verb(roster.workers)
@@ -287,3 +298,9 @@ class AsyncLedger(Carrier):
     take_delivery = async_verb(webhooks.take_delivery)
     record_delivery = async_verb(webhooks.record_delivery)
     sweep_deliveries = async_verb(webhooks.sweep_deliveries)
+
+    keep_run = async_verb(kept_runs.keep_run)
+    beat_runs = async_verb(kept_runs.beat_runs)
+    drop_run = async_verb(kept_runs.drop_run)
+    return_run = async_verb(kept_runs.return_run)
+    sweep_runs = async_verb(kept_runs.sweep_runs)

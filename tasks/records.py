@@ -42,6 +42,8 @@ class Claim:
     suspect: bool
     #: What earlier attempts published, in order, without the ledger's own `job.*` events: go on after it.
     published: list[Event]
+    #: What to ask for in the next claim of this model; '' = nothing.
+    affinity: str = ""
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,8 @@ class Settings(BaseSettings):
     #: Tenant -> what its batches may read their input from and write their output to, with the keys of `s3`: any object
     #: whose url begins with one of these. Not where `result_store` is, which holds the files of everybody.
     batch_buckets: dict[Annotated[str, Field(min_length=1, max_length=256)], list[BucketPrefix]] = {}
+    #: Tenants that may pause queues, purge what others have waiting, and see whose jobs wait.
+    operators: frozenset[str] = frozenset({"default"})
     #: Waiting jobs a model; more are answered 429.
     max_queued: int = Field(default=10_000, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)

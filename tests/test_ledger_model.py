@@ -2,13 +2,14 @@
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from ledger_moves import FAR, PAST, delta
+from queue_twin import QueueTwin
 
 from inferfleet.tasks.dead_letters import read_attempts
 from inferfleet.tasks.errors import AlreadyTerminal, Conflict, JobNotFound, NotQueued, NotTerminal
@@ -17,6 +18,8 @@ from inferfleet.tasks.names import DELTA, PROGRESS, TERMINAL, output_id
 from inferfleet.tasks.stores import RedisStore
 
 MODELS = ("m", "n")
+TENANTS = ("a", "b", "c")
+AGEING = 3
 MAX_DEATHS = 2
 LONG = 600_000
 HOOK = "https://receiver.example/hook"
@@ -28,9 +31,12 @@ class Twin:
     """What the model knows of one job."""
 
     model: str
+    tenant: str
     priority: int
     deadline: int | None
     seq: int
+    batch: bool
+    cost: int
     state: str = "queued"
     fence: int = 0
     deaths: int = 0
@@ -54,7 +60,12 @@ class Twin:
 
     @property
     def place(self):
-        return self.priority, self.deadline or 10**13 - 1, self.seq
+        return self.deadline or 10**13 - 1, self.seq
+
+    def anew(self):
+        """After a retry."""
+        return replace(self, deadline=None, state="queued", fence=self.fence + 1, deaths=0, attempts=0, token="",
+                       deltas=[], ended_by=None, progress=None, dead=False, tries=[], files=[])  # fmt: skip
 
     def end(self, state):
         self.state, self.ended_by = state, self.fence
@@ -83,8 +94,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self, url):
         super().__init__()
         self.ledger = Ledger.from_url(url, f"machine{next(numbers)}")
+        self.ledger.redis.flushall()  # what earlier machines left would make every look at all keys slower
         self.store = RedisStore(self.ledger, 60)
         self.twins: dict[str, Twin] = {}
+        self.queues = {model: QueueTwin(AGEING) for model in MODELS}
         self.calls = 0
 
     def teardown(self):
@@ -97,25 +110,44 @@ class LedgerMachine(RuleBasedStateMachine):
         self.calls += 1
         return f"t{self.calls}"
 
-    @rule(model=st.sampled_from(MODELS), priority=st.integers(-2, 2), deadline=st.sampled_from([None, None, FAR, PAST]))
-    def submit(self, model, priority, deadline):
+    def wait(self, job_id):
+        """A job of the model waits from now on."""
+        twin = self.twins[job_id]
+        self.queues[twin.model].put(
+            job_id, tenant=twin.tenant, priority=twin.priority, batch=twin.batch, place=twin.place, cost=twin.cost
+        )
+
+    @rule(
+        model=st.sampled_from(MODELS),
+        tenant=st.sampled_from(TENANTS),
+        priority=st.sampled_from([0, 0, 1, -1]),
+        deadline=st.sampled_from([None, None, FAR, PAST]),
+        batch=st.sampled_from([False, False, True]),
+        cost=st.integers(1, 4),
+    )
+    def submit(self, model, tenant, priority, deadline, batch, cost):
         job_id = f"job_{999 - len(self.twins)}"  # so that the order of ids is not that of ages
-        options = {"model": model, "tenant": "a", "body_hash": "h", "priority": priority, "deadline_ms": deadline,
-                   "webhook": HOOK}  # fmt: skip
+        options = {"model": model, "tenant": tenant, "body_hash": "h", "priority": priority, "deadline_ms": deadline,
+                   "webhook": HOOK, "batch_id": "batch_1" if batch else None, "cost": cost}  # fmt: skip
         answers = [self.ledger.submit(job_id, b"{}", **options) for _ in range(2)]
         assert [answer.queued for answer in answers] == [True, False]
-        self.twins[job_id] = Twin(model, priority, deadline, seq=len(self.twins))
+        self.twins[job_id] = Twin(model, tenant, priority, deadline, len(self.twins), batch, cost)
+        self.wait(job_id)
 
-    @rule(model=st.sampled_from(MODELS), lease_over=st.booleans())
-    def claim(self, model, lease_over):
+    @rule(model=st.sampled_from(MODELS), lease_over=st.booleans(), online=st.sampled_from([False, False, True]))
+    def claim(self, model, lease_over, online):
         token = self.fresh()
-        claim = self.ledger.claim(model, worker="w", token=token, lease_ms=0 if lease_over else LONG)
-        waiting = sorted((t.place, i) for i, t in self.twins.items() if t.state == "queued" and t.model == model)
-        for _, job_id in waiting:
+        lease_ms = 0 if lease_over else LONG
+        claim = self.ledger.claim(model, worker="w", token=token, lease_ms=lease_ms, online=online, ageing=AGEING)
+        queue = self.queues[model]
+        while not queue.paused and (found := queue.first(online)) is not None:
+            job_id = found[2]
             twin = self.twins[job_id]
             if twin.deadline == PAST:
+                queue.drop(job_id)
                 twin.end("expired")
                 continue
+            queue.give(*found)
             twin.state, twin.lease_over, twin.token = "in_progress", lease_over, token
             twin.fence += 1
             twin.attempts += 1
@@ -197,15 +229,23 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = self.pick(data)
         twin = self.twins[job_id]
         try:
-            answer = self.ledger.cancel(job_id, "a")
+            answer = self.ledger.cancel(job_id, twin.tenant)
         except AlreadyTerminal:
             assert twin.state in TERMINAL - {"cancelled"}
             return
         if twin.state == "queued":
+            self.queues[twin.model].drop(job_id)
             twin.end("cancelled")
         elif twin.state == "in_progress":
             twin.state = "cancelling"
         assert answer == twin.state
+
+    def take_back(self, job_id, died):
+        twin = self.twins[job_id]
+        how = twin.take_back(died)
+        if twin.state == "queued":
+            self.wait(job_id)
+        return how
 
     @precondition(lambda self: any(twin.held for twin in self.twins.values()))
     @rule(data=st.data(), died=st.booleans())
@@ -213,7 +253,7 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = data.draw(st.sampled_from(sorted(i for i, twin in self.twins.items() if twin.held)), label="job")
         twin = self.twins[job_id]
         fence = twin.fence
-        how = twin.take_back(died)
+        how = self.take_back(job_id, died)
         for _ in range(2):
             if died:
                 assert self.ledger.lose(job_id, fence, max_deaths=MAX_DEATHS) == how
@@ -222,20 +262,41 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def reap(self):
-        expected = {
-            job_id: twin.take_back(died=True) for job_id, twin in self.twins.items() if twin.held and twin.lease_over
-        }
-        assert dict(self.ledger.reap(max_deaths=MAX_DEATHS)) == expected
+        over = {job_id for job_id, twin in self.twins.items() if twin.held and twin.lease_over}
+        reaped = self.ledger.reap(max_deaths=MAX_DEATHS)
+        assert {job_id for job_id, _ in reaped} == over
+        for job_id, how in reaped:  # in its order, in which they wait again
+            assert how == self.take_back(job_id, died=True)
 
     @rule()
     def sweep(self):
         overdue = {i for i, twin in self.twins.items() if twin.state == "queued" and twin.deadline == PAST}
         swept = self.ledger.sweep(result_ttl_ms=LONG)
-        for job_id in overdue:
-            self.twins[job_id].end("expired")
-        waiting = [twin.model for twin in self.twins.values() if twin.state == "queued"]
         assert set(swept.expired) == overdue
-        assert swept.ring == {model: waiting.count(model) for model in set(waiting)}
+        for job_id in swept.expired:
+            self.queues[self.twins[job_id].model].drop(job_id)
+            self.twins[job_id].end("expired")
+        assert swept.ring == {model: len(queue) for model, queue in self.queues.items() if queue and not queue.paused}
+
+    @rule(model=st.sampled_from(MODELS), paused=st.sampled_from([True, False, False]))
+    def pause_or_resume(self, model, paused):
+        queue = self.queues[model]
+        assert (self.ledger.pause(model) if paused else self.ledger.resume(model)) == len(queue)
+        queue.paused = paused
+
+    @rule(model=st.sampled_from(MODELS), tenant=st.sampled_from([None, *TENANTS]))
+    def purge(self, model, tenant):
+        going = [
+            job_id
+            for job_id, twin in self.twins.items()
+            if twin.state == "queued" and twin.model == model and tenant in (None, twin.tenant)
+        ]
+        purged = self.ledger.purge(model, confirm=model, tenant=tenant)
+        assert (purged.cancelled, purged.more) == (len(going), False)
+        # In the order in which the ledger takes them, which is that of age.
+        for job_id in sorted(going, key=lambda job_id: self.twins[job_id].seq):
+            self.queues[model].drop(job_id)
+            self.twins[job_id].end("cancelled")
 
     @precondition(lambda self: self.twins)
     @rule(data=st.data(), priority=st.integers(-2, 2))
@@ -243,12 +304,14 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = self.pick(data)
         twin = self.twins[job_id]
         try:
-            self.ledger.update(job_id, "a", priority=priority)
+            self.ledger.update(job_id, twin.tenant, priority=priority)
         except NotQueued:
             assert twin.state != "queued"
         else:
             assert twin.state == "queued"
+            self.queues[twin.model].drop(job_id)
             twin.priority = priority
+            self.wait(job_id)
 
     @precondition(lambda self: self.twins)
     @rule(data=st.data())
@@ -256,19 +319,21 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = self.pick(data)
         twin = self.twins[job_id]
         if twin.dead and data.draw(st.booleans(), label="as a dead letter"):
-            assert self.ledger.replay(job_id, "a") == twin.model
-            self.twins[job_id] = Twin(twin.model, twin.priority, None, twin.seq, fence=twin.fence + 1)
+            assert self.ledger.replay(job_id, twin.tenant) == twin.model
+            self.twins[job_id] = twin.anew()
+            self.wait(job_id)
             return
         if not twin.dead:
             with pytest.raises(JobNotFound):
-                self.ledger.replay(job_id, "a")
+                self.ledger.replay(job_id, twin.tenant)
         try:
-            self.ledger.retry(job_id, "a")
+            self.ledger.retry(job_id, twin.tenant)
         except Conflict:
             assert twin.state == "completed" or twin.state not in TERMINAL
             return
         assert twin.state in TERMINAL - {"completed"}
-        self.twins[job_id] = Twin(twin.model, twin.priority, None, twin.seq, fence=twin.fence + 1, ends=twin.ends)
+        self.twins[job_id] = twin.anew()
+        self.wait(job_id)
 
     @precondition(lambda self: self.twins)
     @rule(data=st.data())
@@ -277,7 +342,7 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = self.pick(data)
         if self.twins[job_id].state not in TERMINAL:
             try:
-                self.ledger.delete(job_id, "a")
+                self.ledger.delete(job_id, self.twins[job_id].tenant)
             except NotTerminal:
                 return
             raise AssertionError("a job that has not ended was deleted")
@@ -311,13 +376,16 @@ class LedgerMachine(RuleBasedStateMachine):
         assert there == {key for twin in self.twins.values() for key in twin.files}
         assert all(redis.pttl(prefix + key) == -1 for key in there)
 
+    @invariant()
     def every_end_is_in_the_outbox_once(self):
-        deliveries, more = self.ledger.list_deliveries("a", limit=100)
-        assert not more
+        pages = [self.ledger.list_deliveries(tenant, limit=100) for tenant in TENANTS]
+        assert not any(more for _, more in pages)
+        deliveries = [delivery for page, _ in pages for delivery in page]
         told = Counter(delivery.subject for delivery in deliveries)
-        assert told == Counter({job_id: twin.ends for job_id, twin in self.twins.items() if twin.ends})
+        alone = {job_id: twin for job_id, twin in self.twins.items() if not twin.batch}  # lines tell nobody
+        assert told == Counter({job_id: twin.ends for job_id, twin in alone.items() if twin.ends})
         last = {delivery.subject: delivery.type for delivery in reversed(deliveries)}
-        for job_id, twin in self.twins.items():
+        for job_id, twin in alone.items():
             if twin.state in TERMINAL:
                 assert last[job_id] == f"job.{twin.state}"
 
@@ -329,16 +397,28 @@ class LedgerMachine(RuleBasedStateMachine):
         ended = {i for i, twin in self.twins.items() if twin.state in TERMINAL}
         dead = {i for i, twin in self.twins.items() if twin.dead}
         assert members["finished"] == ended - dead
-        assert members["dead"] == self.members("dead:a") == dead
+        assert members["dead"] == set().union(*(self.members(f"dead:{tenant}") for tenant in TENANTS)) == dead
         assert members["deadlines"] == {i for i, t in self.twins.items() if t.state == "queued" and t.deadline}
         for model in MODELS:
             mine = {i: twin for i, twin in self.twins.items() if twin.model == model}
             queued = {i for i, twin in mine.items() if twin.state == "queued"}
-            assert redis.zcard(f"{prefix}waiting:{model}") == len(queued)
+            assert len(self.queues[model]) == len(queued)
+            assert sum(redis.zcard(key) for key in redis.scan_iter(f"{prefix}waiting:{model}\n*")) == len(queued)
             assert self.members(f"ages:{model}") == queued
             assert self.members(f"running:{model}") == {i for i, twin in mine.items() if twin.held}
-        for state in {twin.state for twin in self.twins.values()}:
-            assert self.members(f"in:{state}:a") == {i for i, twin in self.twins.items() if twin.state == state}
+        for state, tenant in {(twin.state, twin.tenant) for twin in self.twins.values()}:
+            mine = {i for i, twin in self.twins.items() if (twin.state, twin.tenant) == (state, tenant)}
+            assert self.members(f"in:{state}:{tenant}") == mine
+
+    @invariant()
+    def the_queue_of_a_model_without_jobs_leaves_nothing_but_its_counter(self):
+        prefix, redis = self.ledger.prefix, self.ledger.redis
+        for model, queue in self.queues.items():
+            told = {key.decode() for key in redis.hkeys(f"{prefix}order:{model}")} - {"claims", "paused_ms"}
+            kept = {
+                key for kind in ("turns", "rested", "costs") for key in redis.scan_iter(f"{prefix}{kind}:{model}\n*")
+            }
+            assert len(queue) > 0 or not (told or kept or redis.exists(f"{prefix}classes:{model}"))
 
     def members(self, name):
         return {member.decode() for member in self.ledger.redis.zrange(self.ledger.prefix + name, 0, -1)}

@@ -10,7 +10,7 @@ import typer
 
 from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
-from inferfleet.workers import cli_dead_letters, cli_jobs, cli_keys, cli_models
+from inferfleet.workers import cli_dead_letters, cli_jobs, cli_keys, cli_models, cli_queue
 from inferfleet.workers.cli_chat import chat
 from inferfleet.workers.cli_image import image
 from inferfleet.workers.cli_login import login
@@ -58,6 +58,7 @@ app.add_typer(cli_dead_letters.app, name="dead-letters")
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_queue.app, name="queue")
 
 
 @app.callback()

@@ -29,5 +29,5 @@ else
   drop_files(files)
 end
 finish(job, state, result)
-pace(job)
+note_pace(job)
 return 'done'

@@ -3,8 +3,7 @@
 -- KEYS[1] is the prefix "{namespace}:". It is no key itself; its hash tag puts all keys below into one slot.
 --   job:<id>              hash    the job's record; an absent value is ''
 --   events:<id>           stream  event n has the id (n+1)-0 and one field e, a JSON object without its number
---   waiting:<model>       zset    every score 0; members are places, so their text is the order (see place)
---   ages:<model>          zset    id -> created ms, of the waiting jobs
+--   ages:<model>          zset    id -> created ms, of the waiting jobs; in which order they are claimed: queue.lua
 --   running:<model>       zset    id -> ms of the claim
 --   leases                zset    id -> ms at which the claim is lost
 --   deadlines             zset    id -> ms at which a waiting job expires
@@ -19,7 +18,7 @@
 --   idem:<digest>         string  the job that an idempotency key made
 --   claim:<worker>:<token>  string  "<fence> <id>", what a claim gave; dies after ten minutes
 --   gone:<id>             string  the token that deleted the job; dies after a minute
---   pace:<model>          hash    last (ms of the last end), gap (moving average of ms between ends)
+--   pace:<model>          hash    how fast the model's jobs end: queue.lua
 --   models                set     models that have or had jobs
 --   seq                   string  counter that numbers jobs by age
 --   signing               string  what urls of files are signed with (roster.py)
@@ -28,15 +27,16 @@
 
 local P = KEYS[1]
 local tell -- webhooks: outbox.lua, which follows, says what it does
+local unqueue, enqueue -- out of and into the order of claims: queue.lua
 local NOW
 do
   local time = redis.call('TIME')
   NOW = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
-local PLACE_PREFIX = 3 + 1 + 13 + 1 + 16 + 1
 local FIELDS = {'state', 'model', 'tenant', 'seq', 'fence', 'place', 'priority', 'deadline_ms', 'start_timeout_ms',
-  'created_ms', 'started_ms', 'claimed_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect'}
+  'created_ms', 'started_ms', 'claimed_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect',
+  'batch', 'cost', 'affinity'}
 local TERMINAL = {completed = true, failed = true, cancelled = true, expired = true, incomplete = true}
 
 local function number(value)
@@ -64,16 +64,6 @@ end
 
 local function held(job, fence)
   return (job.state == 'in_progress' or job.state == 'cancelling') and job.fence == fence
-end
-
--- Lower priority first, then the earlier deadline, then the older job: fixed widths make the text sort like that.
-local function place(job)
-  return string.format('%03d:%013.0f:%016.0f:%s', tonumber(job.priority) + 100,
-    number(job.deadline_ms) or 9999999999999, tonumber(job.seq), job.id)
-end
-
-local function job_at(member)
-  return string.sub(member, PLACE_PREFIX + 1)
 end
 
 -- When a waiting job expires, and the code it expires with. A job that once started has met its start_timeout.
@@ -104,23 +94,6 @@ local function move(job, state)
   redis.call('ZADD', P .. 'in:' .. state .. ':' .. job.tenant, job.seq, job.id)
   redis.call('HSET', job.key, 'state', state)
   job.state = state
-end
-
-local function unqueue(job)
-  redis.call('ZREM', P .. 'waiting:' .. job.model, job.place)
-  redis.call('ZREM', P .. 'ages:' .. job.model, job.id)
-  redis.call('ZREM', P .. 'deadlines', job.id)
-end
-
-local function enqueue(job, event)
-  job.place = place(job)
-  redis.call('HSET', job.key, 'place', job.place, 'worker', '')
-  redis.call('ZADD', P .. 'waiting:' .. job.model, 0, job.place)
-  redis.call('ZADD', P .. 'ages:' .. job.model, job.created_ms, job.id)
-  local at = expiry(job)
-  if at then redis.call('ZADD', P .. 'deadlines', whole(at), job.id) end
-  redis.call('SADD', P .. 'models', job.model)
-  emit(job, event)
 end
 
 local function unclaim(job)
@@ -207,15 +180,6 @@ local function bury_or_requeue(job, max_deaths, reason)
   end
   requeue(job, 'worker_lost')
   return 'requeued'
-end
-
--- How fast a model's jobs end. The time in which nothing ran is no part of it.
-local function pace(job)
-  local key = P .. 'pace:' .. job.model
-  local seen = redis.call('HMGET', key, 'last', 'gap')
-  local latest = NOW - math.max(number(seen[1]) or 0, tonumber(job.claimed_ms))
-  local before = number(seen[2])
-  redis.call('HSET', key, 'last', whole(NOW), 'gap', whole(before and before * 0.8 + latest * 0.2 or latest))
 end
 
 local function purge(job)

@@ -2,7 +2,7 @@
 local answer = {whole(NOW)}
 for _, model in ipairs(redis.call('SMEMBERS', P .. 'models')) do
   local oldest = redis.call('ZRANGE', P .. 'ages:' .. model, 0, 0, 'WITHSCORES')
-  answer[#answer + 1] = {model, redis.call('ZCARD', P .. 'waiting:' .. model),
+  answer[#answer + 1] = {model, num_waiting(model),
     redis.call('ZCARD', P .. 'running:' .. model), oldest[2] or ''}
 end
 return answer

@@ -1,5 +1,5 @@
 -- Expire waiting jobs whose time is over, delete ended jobs after result_ttl_ms and dead letters after dead_ttl_ms, say
--- which models have jobs waiting. At most `limit` of each a call. ARGV: limit, result_ttl_ms, dead_ttl_ms
+-- which models have jobs waiting that may be claimed. At most `limit` of each a call. ARGV: limit, result_ttl_ms, dead_ttl_ms
 -- Answers {expired ids, number deleted, {model, waiting, model, waiting, ...}}
 local limit = ARGV[1]
 local expired = redis.call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', whole(NOW), 'LIMIT', 0, limit)
@@ -16,11 +16,12 @@ for _, id in ipairs(dead) do purge(load(id)) end
 
 local ring = {}
 for _, model in ipairs(redis.call('SMEMBERS', P .. 'models')) do
-  local waiting = redis.call('ZCARD', P .. 'waiting:' .. model)
-  if waiting > 0 then
+  adopt(model)
+  local waiting, paused = num_waiting(model), is_paused(model)
+  if waiting > 0 and not paused then
     ring[#ring + 1] = model
     ring[#ring + 1] = waiting
-  elseif redis.call('ZCARD', P .. 'running:' .. model) == 0 then
+  elseif waiting == 0 and not paused and redis.call('ZCARD', P .. 'running:' .. model) == 0 then
     redis.call('SREM', P .. 'models', model)
   end
 end

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from inferfleet.workers.api import openapi_dead, openapi_files, openapi_webhooks
+from inferfleet.workers.api import openapi_dead, openapi_files, openapi_queues, openapi_webhooks
 from inferfleet.workers.api.openapi import ErrorAnswer, components, ref
 
 OF_JOBS = ("get_job", "job_events", "job_result", "cancel_job", "update_job", "retry_job", "delete_job")
@@ -33,7 +33,8 @@ def describe(app: FastAPI, *, keys_required: bool) -> None:
 
     def whole() -> dict[str, Any]:
         document = generate()
-        schemas = components(*openapi_dead.MODELS, *openapi_files.MODELS, *openapi_webhooks.MODELS)
+        parts = (openapi_dead, openapi_files, openapi_queues, openapi_webhooks)
+        schemas = components(*(model for part in parts for model in part.MODELS))
         known = document.setdefault("components", {}).setdefault("schemas", {})
         known.update(schemas | openapi_files.forms(schemas))
         for name in ("HTTPValidationError", "ValidationError"):

@@ -30,6 +30,7 @@ from inferfleet.workers.api import (
     jobs,
     models,
     outputs,
+    queues,
     response_routes,
     webhooks,
 )
@@ -59,7 +60,20 @@ RETRIES = 3
 #: OpenAI's first: the document lists them in this order.
 ROUTERS = [
     module.router
-    for module in (chat, response_routes, images, files, batches, models, jobs, dead_letters, outputs, webhooks, health)
+    for module in (
+        chat,
+        response_routes,
+        images,
+        files,
+        batches,
+        models,
+        jobs,
+        queues,
+        dead_letters,
+        outputs,
+        webhooks,
+        health,
+    )
 ]
 
 
