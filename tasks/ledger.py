@@ -176,6 +176,8 @@ class Ledger(Carrier):
     stats = verb(roster.stats)
     put_worker = verb(roster.put_worker)
     workers = verb(roster.workers)
+    put_role = verb(roster.put_role)
+    roles = verb(roster.roles)
     put_card = verb(roster.put_card)
     cards = verb(roster.cards)
     put_key = verb(roster.put_key)

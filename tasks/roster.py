@@ -22,6 +22,16 @@ def workers() -> Call[dict[str, dict[str, Any]]]:
     return Call("present", ("worker",), bodies)
 
 
+def put_role(role: str, name: str, info: Mapping[str, Any], ttl_seconds: float) -> Call[None]:
+    """Say that a process of a role beside workers (batches, webhooks) lives for ttl_seconds more. Zero: it ends."""
+    return Call("announce", (f"role:{role}", name, to_json(info), round(ttl_seconds * 1000)), ignore)
+
+
+def roles(role: str) -> Call[dict[str, dict[str, Any]]]:
+    """The processes of a role that said so lately: name -> info."""
+    return Call("present", (f"role:{role}",), bodies)
+
+
 def put_card(model: str, card: Mapping[str, Any], worker: str, ttl_seconds: float) -> Call[None]:
     """Publish the card of a model that a worker serves, for ttl_seconds. Zero takes it back."""
     return Call("announce", ("model", f"{model}\n{worker}", to_json(card), round(ttl_seconds * 1000)), ignore)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from celery import Celery, chain, chord, group
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
+from conftest import RedisServer
 from fake_engine import answer
 from fleet import Fleet, until
 
@@ -27,13 +28,37 @@ def fleet(redis_url, tmp_path):
     fleet.close()
 
 
-@pytest.fixture
-def producer(redis_url):
-    """Plain Celery: no import of ours, only the task's name and queue."""
-    app = Celery("producer", broker=redis_url, backend=redis_url, set_as_current=False)
+@pytest.fixture(scope="module")
+def shared(redis_binary_path, tmp_path_factory):
+    """A fleet of one worker, on a Redis of its own, for the tests that need nothing special."""
+    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
+    server.start()
+    fleet = Fleet(server.url, tmp_path_factory.mktemp("logs"))
+    fleet.start_worker({"m": "fake", "p": "image"}, run_slots=8)
+    yield fleet
+    fleet.close()
+    server.kill()
+
+
+@contextlib.contextmanager
+def plain_celery(url):
+    """No import of ours, only the task's name and queue."""
+    app = Celery("producer", broker=url, backend=url, set_as_current=False)
     app.conf.update(task_routes={RUN: {"queue": "test.run"}})
     yield app
     app.close()
+
+
+@pytest.fixture
+def producer(redis_url):
+    with plain_celery(redis_url) as app:
+        yield app
+
+
+@pytest.fixture
+def caller(shared):
+    with plain_celery(shared.redis_url) as app:
+        yield app
 
 
 def run(app, words, **body):
@@ -55,12 +80,11 @@ def runs_process(worker):
     return until(lambda: [child for child in worker.children() if program in child.cmdline()])[0]
 
 
-def test_chat_and_images_work_together_in_chains_groups_and_chords(fleet, producer):
-    fleet.start_worker({"m": "fake", "p": "image"}, run_slots=2)
+def test_chat_and_images_work_together_in_chains_groups_and_chords(shared, caller):
 
-    chained = chain(run(producer, "tokens=2"), paint(producer, 1)).apply_async()
-    grouped = group(paint(producer, 2), run(producer, "tokens=3")).apply_async()
-    chorded = chord([run(producer, "tokens=1"), paint(producer, 3)], run(producer, "tokens=4")).apply_async()
+    chained = chain(run(caller, "tokens=2"), paint(caller, 1)).apply_async()
+    grouped = group(paint(caller, 2), run(caller, "tokens=3")).apply_async()
+    chorded = chord([run(caller, "tokens=1"), paint(caller, 3)], run(caller, "tokens=4")).apply_async()
 
     assert chained.get(timeout=60)["job_id"] == job_id_of(chained.id)
     picture, text = grouped.get(timeout=60)
@@ -68,13 +92,12 @@ def test_chat_and_images_work_together_in_chains_groups_and_chords(fleet, produc
     assert content(chorded.get(timeout=60)) == answer(5, 4)
 
 
-def test_a_caller_who_has_nothing_of_ours_gets_answers_and_named_errors(fleet, redis_url):
-    fleet.start_worker(run_slots=2)
+def test_a_caller_who_has_nothing_of_ours_gets_answers_and_named_errors(shared):
     program = f"""
 import json, sys
 sys.modules["inferfleet"] = None
 from celery import Celery
-app = Celery(broker={redis_url!r}, backend={redis_url!r})
+app = Celery(broker={shared.redis_url!r}, backend={shared.redis_url!r})
 def ask(words):
     chat = {{"model": "m", "messages": [{{"role": "user", "content": words}}], "seed": 5}}
     return app.send_task("inferfleet.run", args=[chat], queue="test.run")
@@ -110,32 +133,30 @@ def test_revoke_cancels_what_waits_and_only_with_terminate_what_runs(fleet, prod
     assert fleet.wait(job_id_of(running.id)).state == "cancelled"
 
 
-def test_a_chord_hears_of_a_member_that_was_revoked_before_its_time(fleet, producer):
-    fleet.start_worker(run_slots=4)
-    member = run(producer, "tokens=1").set(countdown=3000, task_id="to-be-revoked")
-    result = chord([run(producer, "tokens=1"), member], run(producer, "tokens=2")).apply_async()
-    until(lambda: fleet.ledger.redis.hexists("{test}:runs", "to-be-revoked"))
+def test_a_chord_hears_of_a_member_that_was_revoked_before_its_time(shared, caller):
+    member = run(caller, "tokens=1").set(countdown=3000, task_id="to-be-revoked")
+    result = chord([run(caller, "tokens=1"), member], run(caller, "tokens=2")).apply_async()
+    until(lambda: shared.ledger.redis.hexists("{test}:runs", "to-be-revoked"))
 
-    producer.control.revoke("to-be-revoked")
+    caller.control.revoke("to-be-revoked")
 
     with pytest.raises(Exception, match="revoked"):
         result.get(timeout=30)
-    until(lambda: fleet.ledger.redis.hlen("{test}:runs") == 0)
+    until(lambda: shared.ledger.redis.hlen("{test}:runs") == 0)
 
 
 @pytest.mark.parametrize(
     ("limits", "error"),
     [({"soft_time_limit": 0.5, "time_limit": 60}, SoftTimeLimitExceeded), ({"time_limit": 0.5}, TimeLimitExceeded)],
 )
-def test_a_time_limit_cancels_the_job_and_raises_celery_s_own_error(fleet, producer, limits, error):
-    fleet.start_worker(run_slots=1)
+def test_a_time_limit_cancels_the_job_and_raises_celery_s_own_error(shared, caller, limits, error):
 
-    late = run(producer, LONG).apply_async(**limits)
-    in_time = run(producer, "tokens=2").apply_async(time_limit=60, soft_time_limit=30)
+    late = run(caller, LONG).apply_async(**limits)
+    in_time = run(caller, "tokens=2").apply_async(time_limit=60, soft_time_limit=30)
 
     with pytest.raises(error):
         late.get(timeout=60)
-    assert fleet.wait(job_id_of(late.id)).state == "cancelled"
+    assert shared.wait(job_id_of(late.id)).state == "cancelled"
     assert content(in_time.get(timeout=60)) == answer(5, 2)
 
 
@@ -162,33 +183,30 @@ def test_a_run_that_expired_before_a_worker_heard_of_it_is_revoked(fleet, produc
     assert fleet.state_if_any(job_id_of(late.id)) is None
 
 
-def test_a_message_s_priority_is_the_job_s_unless_the_job_has_one(fleet, producer):
-    fleet.start_worker(run_slots=4, slots=1)
+def test_a_message_s_priority_is_the_job_s_unless_the_job_has_one(shared, caller):
 
-    plain = run(producer, "tokens=1").apply_async(priority=7)
-    own = run(producer, "tokens=1", priority=-3).apply_async(priority=7)
-    tier = run(producer, "tokens=1", service_tier="flex").apply_async(priority=7)
+    plain = run(caller, "tokens=1").apply_async(priority=7)
+    own = run(caller, "tokens=1", priority=-3).apply_async(priority=7)
+    tier = run(caller, "tokens=1", service_tier="flex").apply_async(priority=7)
     for result in (plain, own, tier):
         result.get(timeout=60)
 
-    records = [fleet.ledger.get(job_id_of(result.id)) for result in (plain, own, tier)]
+    records = [shared.ledger.get(job_id_of(result.id)) for result in (plain, own, tier)]
     assert [record.priority for record in records] == [7, -3, 50]
 
 
-def test_a_task_id_that_is_a_job_id_is_the_job_s(fleet, producer):
-    fleet.start_worker(run_slots=1)
+def test_a_task_id_that_is_a_job_id_is_the_job_s(shared, caller):
     job_id = new_job_id()
 
-    run(producer, "tokens=2").apply_async(task_id=job_id)
+    run(caller, "tokens=2").apply_async(task_id=job_id)
 
-    assert content(producer.AsyncResult(job_id).get(timeout=60)) == answer(5, 2)
-    with fleet.client() as client:
+    assert content(caller.AsyncResult(job_id).get(timeout=60)) == answer(5, 2)
+    with shared.client() as client:
         assert client.get(job_id).status == "completed"
 
 
-def test_a_running_run_says_which_job_it_waits_for(fleet, producer):
-    fleet.start_worker(run_slots=1)
-    result = run(producer, LONG).apply_async()
+def test_a_running_run_says_which_job_it_waits_for(shared, caller):
+    result = run(caller, LONG).apply_async()
 
     until(lambda: result.state == "STARTED")
 
@@ -198,16 +216,14 @@ def test_a_running_run_says_which_job_it_waits_for(fleet, producer):
         result.get(timeout=60)
 
 
-def test_a_message_that_comes_twice_makes_one_job_and_one_answer(fleet, producer):
-    message = run(producer, "tokens=30 step=0.01").apply_async(task_id="twice")
-    run(producer, "tokens=30 step=0.01").apply_async(task_id="twice")
-    fleet.start_worker(run_slots=4)
+def test_a_message_that_comes_twice_makes_one_job_and_one_answer(shared, caller):
+    message = run(caller, "tokens=30 step=0.01").apply_async(task_id="twice")
+    run(caller, "tokens=30 step=0.01").apply_async(task_id="twice")
 
     assert content(message.get(timeout=60)) == answer(5, 30)
 
-    until(lambda: fleet.ledger.redis.hlen("{test}:runs") == 0)
-    assert fleet.ledger.get(job_id_of("twice")).attempts == 1
-    assert len(fleet.ledger.list("default").jobs) == 1
+    until(lambda: shared.ledger.redis.hlen("{test}:runs") == 0)
+    assert shared.ledger.get(job_id_of("twice")).attempts == 1
     assert message.state == "SUCCESS"
 
 
@@ -227,13 +243,13 @@ def test_a_run_outlives_kill_9_of_the_process_that_waited_for_it(fleet, producer
     until(lambda: fleet.ledger.redis.hlen("{test}:runs") == 0)
 
 
-@pytest.mark.parametrize("bad", [{"eta": "tomorrow"}, {"id": 5}, {"id": ""}, {"id": "x" * 513}])
-def test_a_message_with_a_broken_header_does_no_harm(fleet, producer, bad):
-    worker = fleet.start_worker(run_slots=1)
-    with producer.connection_for_write() as connection, producer.amqp.Producer(connection) as sender:
-        headers = {"id": "one", "task": RUN, "lang": "py"} | bad
-        sender.publish([[{}], {}, {}], routing_key="test.run", exchange="", headers=headers, serializer="json")
+def test_messages_with_broken_headers_do_no_harm(shared, caller):
+    with caller.connection_for_write() as connection, caller.amqp.Producer(connection) as sender:
+        for bad in ({"eta": "tomorrow"}, {"id": 5}, {"id": ""}, {"id": "x" * 513}):
+            headers = {"id": "one", "task": RUN, "lang": "py"} | bad
+            sender.publish([[{}], {}, {}], routing_key="test.run", exchange="", headers=headers, serializer="json")
 
-    assert content(run(producer, "tokens=2").apply_async().get(timeout=60)) == answer(5, 2)
-    until(lambda: fleet.ledger.redis.hlen("{test}:runs") == 0)
-    assert worker.alive
+    assert content(run(caller, "tokens=2").apply_async().get(timeout=60)) == answer(5, 2)
+    until(lambda: shared.ledger.redis.hlen("{test}:runs") == 0)
+    assert shared.workers[0].alive
+    assert not shared.workers[0].lines("runs_process_died")

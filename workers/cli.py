@@ -12,6 +12,7 @@ from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
 from inferfleet.workers import cli_dead_letters, cli_jobs, cli_keys, cli_models, cli_queue
 from inferfleet.workers.cli_chat import chat
+from inferfleet.workers.cli_health import health
 from inferfleet.workers.cli_image import image
 from inferfleet.workers.cli_login import login
 from inferfleet.workers.cli_options import DataDir, Json, Models, data_dir, named_models
@@ -51,6 +52,7 @@ app = typer.Typer(
     help="A fleet of inference workers behind a queue.",
 )
 app.command()(chat)
+app.command()(health)
 app.command()(image)
 app.command()(login)
 app.command()(quantize)

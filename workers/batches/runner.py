@@ -22,6 +22,7 @@ from inferfleet.tasks.stores import open_store
 from inferfleet.workers import logs
 from inferfleet.workers.batches.orphans import OrphanSweep
 from inferfleet.workers.batches.run import BatchRun, Stopped, Tools
+from inferfleet.workers.cards import LIVES
 from inferfleet.workers.checks import check_buckets, check_redis, check_store
 
 log = logs.get("batches")
@@ -48,9 +49,9 @@ class BatchRunner:
     def run(self) -> None:
         """Take batches."""
         slots = self._tools.settings.batch_slots
-        upkeep = [threading.Thread(target=self._every, args=pair, daemon=True) for pair in (
-            (min(BEAT_SECONDS, self._tools.settings.heartbeat_seconds), self._beat), (TIDY_SECONDS, self._tidy)
-        )]  # fmt: skip
+        heartbeat = self._tools.settings.heartbeat_seconds
+        deeds = ((min(BEAT_SECONDS, heartbeat), self._beat), (TIDY_SECONDS, self._tidy), (heartbeat, self._announce))
+        upkeep = [threading.Thread(target=self._every, args=pair, daemon=True) for pair in deeds]
         for thread in upkeep:
             thread.start()
         with ThreadPoolExecutor(slots, thread_name_prefix="batch") as threads:
@@ -65,6 +66,18 @@ class BatchRunner:
                 threads.submit(self._carry, run)
         for thread in upkeep:
             thread.join()
+        self._leave()
+
+    def _announce(self) -> None:
+        """Say that this runner lives."""
+        info = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._tools.ledger.put_role("batches", self._name, info, LIVES * self._tools.settings.heartbeat_seconds)
+
+    def _leave(self) -> None:
+        try:
+            self._tools.ledger.put_role("batches", self._name, {}, 0)
+        except LedgerUnavailable as error:
+            log.warning("left_without_a_word", reason=error.message)
 
     def _claim(self) -> BatchRecord | None:
         try:

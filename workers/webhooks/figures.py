@@ -1,4 +1,7 @@
-"""Counts of one webhook worker for Prometheus; laid into Redis like those of other workers, shown by the API."""
+"""Counts of one webhook worker for Prometheus, and that it lives; laid into Redis like those of other workers."""
+
+import os
+import socket
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -36,6 +39,9 @@ class HookFigures:
 
     def publish(self) -> None:
         self._ledger.run(put_snapshot(self._worker, snapshot_of(self._registry), self._ttl_seconds))
+        info = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._ledger.put_role("webhooks", self._worker, info, self._ttl_seconds)
 
     def leave(self) -> None:
         self._ledger.run(put_snapshot(self._worker, [], 0))
+        self._ledger.put_role("webhooks", self._worker, {}, 0)
