@@ -127,3 +127,11 @@ def test_the_priority_of_a_line_is_its_own_its_tiers_or_the_batchs(api, ledger):
     assert {job.custom_id: job.priority for job in jobs} == {"own": 50, "soon": 62, "flex": 87, "none": 100}
     api.sdk().batches.cancel(made.id)
     wait_for_end(api.sdk(), made.id)
+
+
+def test_a_batch_may_name_a_tier_instead_of_a_priority(api):
+    given = ({}, {"service_tier": "flex"}, {"service_tier": "priority", "priority": 3})
+    made = [start(api, [line("a")], **each) for each in given]
+    assert [batch.x_fleet["priority"] for batch in made] == [0, 50, 3]
+    for batch in made:
+        wait_for_end(api.sdk(), batch.id)

@@ -193,3 +193,17 @@ def test_a_response_that_expires_is_told_as_failed(ledger, api):
         ledger.sweep(100, result_ttl_ms=10**9)
         [event] = received(api, receiver)
     assert (event.type, event.data.id) == ("response.failed", made.id)
+
+
+def test_an_endpoint_may_ask_for_every_type_and_be_tried_with_each(api, ledger):
+    hooks = api.sdk().webhooks
+    types = hooks.event_types.list().data
+    assert len(types) == 16
+    endpoint = hooks.create(name="all", url="https://receiver.example/", event_types=types)
+    assert hooks.retrieve(endpoint.id).event_types == types
+    prefixes = {"job": "job_", "response": "resp_", "batch": "batch_"}
+    for kind in types:
+        delivery = ledger.test_endpoint(endpoint.id, "default", kind)
+        body = json.loads(ledger.redis.hget(f"{ledger.prefix}delivery:{delivery}", "body"))
+        assert (body["type"], body["data"]["id"]) == (kind, prefixes[kind.partition(".")[0]] + "0" * 32)
+    hooks.delete(endpoint.id)

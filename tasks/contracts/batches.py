@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from inferfleet.tasks import names
-from inferfleet.tasks.contracts.contract import Contract, Metadata, Priority, is_a_webhook, named_once, refused
+from inferfleet.tasks.contracts.contract import (
+    TIERS,
+    Contract,
+    Metadata,
+    Priority,
+    Tier,
+    is_a_webhook,
+    named_once,
+    refused,
+)
 from inferfleet.tasks.files import FILE_ID
 from inferfleet.tasks.hook_url import MAX_URL_CHARS
 from inferfleet.tasks.s3_url import MAX_URL_CHARS as MAX_S3_CHARS
@@ -22,7 +31,8 @@ MAX_LINES = 50_000
 #: What lines of a batch may ask for.
 BatchEndpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"]
 S3_SCHEME = "s3://"
-S3Text = Annotated[str, Field(min_length=1, max_length=MAX_S3_CHARS)]
+#: For the document alone: the parsers say better what is wrong, and more.
+S3_SHAPE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)"
 BatchWords = Annotated[
     list[Literal["completed", "failed", "expired", "cancelled"]], Field(min_length=1, max_length=len(names.BATCH_ENDS))
 ]
@@ -47,17 +57,22 @@ class BatchRequest(Contract):
     """The body of POST /v1/batches."""
 
     #: An uploaded file, or s3://bucket/key where the operator lets this tenant read.
-    input_file_id: S3Text
+    input_file_id: Annotated[
+        str, Field(max_length=MAX_S3_CHARS, json_schema_extra={"pattern": f"^({FILE_ID.pattern}|{S3_SHAPE}+)$"})
+    ]
     endpoint: BatchEndpoint
     #: "24h", or any whole number of minutes, hours or days up to 30 days.
     completion_window: Annotated[str, Field(max_length=8, json_schema_extra={"pattern": f"^{WINDOW.pattern}$"})]
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
-    #: Among batches; lower runs first. Online work comes before any of them.
+    #: Among batches; lower runs first. Online work comes before any of them. Without one the service_tier gives it.
     priority: Priority | None = None
+    service_tier: Tier | None = None
     #: s3://bucket/prefix/ that the output and the error file are written to as well, where the operator lets this
     #: tenant write.
-    output_url_prefix: S3Text | None = None
+    output_url_prefix: (
+        Annotated[str, Field(max_length=MAX_S3_CHARS, json_schema_extra={"pattern": f"^{S3_SHAPE}*/?$"})] | None
+    ) = None
     #: An https URL, or the id of a webhook endpoint, that is told how the batch ends.
     webhook: Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARS)] | None = None
     #: Which of its ends is told; None = each.
@@ -87,6 +102,10 @@ class BatchRequest(Contract):
         if not found or window_seconds(window) > MAX_WINDOW:
             raise refused("completion_window is a whole number and m, h or d, such as 24h, and at most 30d")
         return window
+
+    @property
+    def effective_priority(self) -> int:
+        return self.priority if self.priority is not None else TIERS[self.service_tier]
 
     @property
     def input_url(self) -> str | None:

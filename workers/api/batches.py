@@ -67,7 +67,7 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
             input_url=asked.input_url,
             output_url_prefix=asked.output_url_prefix,
             metadata=asked.metadata,
-            priority=asked.priority or 0,
+            priority=asked.effective_priority,
             webhook=asked.webhook,
             webhook_words=asked.webhook_events_filter or names.BATCH_ENDS,
             idempotency=idempotency_of(request, tenant, digest),
