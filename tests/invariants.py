@@ -208,7 +208,7 @@ LISTED = (
 )
 #: The lists, and what the namespace has one of.
 FLEETWIDE = re.compile(
-    r"(seq|delivery_number|signing|models|ended|finished|dead|leases|deadlines|expiring|forget_deliveries|outbox"
+    r"(seq|delivery_number|signing|reaper|models|ended|finished|dead|leases|deadlines|expiring|forget_deliveries|outbox"
     r"|batches:(open|ended)|(waiting|ages|running|pace|dead|jobs|in|batches|deliveries|endpoints|files|here|cards"
     r"|hook_secret|queue|sending|keys|workers|figures|metrics):?.*)"
 )
