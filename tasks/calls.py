@@ -321,14 +321,17 @@ def lose(job_id: str, fence: int, *, max_deaths: int = 3, reason: str = "") -> C
     return Call("lose", (job_id, fence, max_deaths, reason[:MAX_REASON_CHARS]), as_word)
 
 
-def reap(limit: int = 100, max_deaths: int = 3) -> Call[list[tuple[str, Lost]]]:
-    """Take back jobs whose lease is over on Redis time."""
+def reap(
+    limit: int = 100, max_deaths: int = 3, *, silence_ms: int = 0, lease_ms: int = 0
+) -> Call[list[tuple[str, Lost]]]:
+    """Take back jobs whose lease is over on Redis time. Where nobody asked for longer than silence_ms, Redis was away or
+    stood still, and for lease_ms from then nothing is taken back: nobody could renew a lease meanwhile."""
 
     def parse(answer: list[bytes]) -> list[tuple[str, Any]]:
         words = [text(word) for word in answer]
         return list(zip(words[::2], words[1::2], strict=True))
 
-    return Call("reap", (limit, max_deaths), parse)
+    return Call("reap", (limit, max_deaths, silence_ms, lease_ms), parse)
 
 
 def sweep(limit: int = 100, *, result_ttl_ms: int, dead_ttl_ms: int | None = None) -> Call[Swept]:

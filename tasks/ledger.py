@@ -32,6 +32,8 @@ CONNECT_TIMEOUT = 2.0
 #: Repeats of a command whose connection broke: about 2 s in all, so that a dead Redis is a quick 503.
 RETRIES = 6
 BACKOFF = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
+#: Of an event loop. uvloop says with a RuntimeError that a connection was cut since it was last used.
+BROKEN = (exceptions.ConnectionError, exceptions.TimeoutError, RuntimeError)
 #: Each waiting reader of events holds one connection.
 MAX_CONNECTIONS = 10_000
 
@@ -61,6 +63,10 @@ def as_unavailable() -> Iterator[None]:
         if not refuses_writes(error):
             raise
         raise LedgerUnavailable("the ledger (Redis) refuses to write now", retry_after=5) from error
+    except RuntimeError as error:
+        if "closed" not in str(error):
+            raise
+        raise LedgerUnavailable("the ledger (Redis) does not answer: its connection is closed", retry_after=1) from error
 
 
 class Carrier:
@@ -219,7 +225,7 @@ class AsyncLedger(Carrier):
             redis_url,
             socket_timeout=SOCKET_TIMEOUT,
             socket_connect_timeout=CONNECT_TIMEOUT,
-            retry=AsyncRetry(BACKOFF, RETRIES),
+            retry=AsyncRetry(BACKOFF, RETRIES, supported_errors=BROKEN),
             max_connections=MAX_CONNECTIONS,
         )
         return cls(client, namespace)

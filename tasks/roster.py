@@ -19,7 +19,7 @@ def put_worker(worker: str, info: Mapping[str, Any], ttl_seconds: float) -> Call
 
 def workers() -> Call[dict[str, dict[str, Any]]]:
     """The workers that said so lately: name -> info."""
-    return Call("present", ("worker",), bodies)
+    return Call("present", ("worker", ""), bodies)
 
 
 def put_role(role: str, name: str, info: Mapping[str, Any], ttl_seconds: float) -> Call[None]:
@@ -38,7 +38,9 @@ def put_card(model: str, card: Mapping[str, Any], worker: str, ttl_seconds: floa
 
 
 def cards() -> Call[dict[str, Card]]:
-    """One card a served model: a ready worker's before one that still loads, then the latest."""
+    """One card a served model: a ready worker's before one that still loads, then the latest. A model whose workers fell
+    silent is remembered for ten minutes as "unserved": while Redis is away none of them can say that it lives.
+    """
 
     def parse(answer: list[bytes]) -> dict[str, Card]:
         best: dict[str, Card] = {}
@@ -48,7 +50,7 @@ def cards() -> Call[dict[str, Card]]:
                 best[model] = card
         return best
 
-    return Call("present", ("model",), parse)
+    return Call("present", ("model", "1"), parse)
 
 
 def bodies(answer: list[bytes]) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ class Faults:
     latency: float = 0.0
     #: Accept and swallow what comes from the server, keeping connections open.
     mute: bool = False
+    #: Bytes of one segment; 0 = as they come.
+    slice: int = 0
 
 
 def spoilt(chunk: bytes) -> bytes:
@@ -104,9 +106,11 @@ class ChaosProxy:
         self._links.add(link)
         try:
             up = asyncio.create_task(self._pump(reader, behind))
-            await self._pump_replies(behind_reader, writer, link)
-            up.cancel()
-            await asyncio.gather(up, return_exceptions=True)
+            try:
+                await self._pump_replies(behind_reader, writer, link)
+            finally:
+                up.cancel()
+                await asyncio.gather(up, return_exceptions=True)
         except (OSError, asyncio.CancelledError):
             pass
         finally:
@@ -120,8 +124,7 @@ class ChaosProxy:
             if self.faults.spoil_requests > 0 and len(chunk) >= 1000:
                 self.faults.spoil_requests -= 1
                 chunk = spoilt(chunk)
-            writer.write(chunk)
-            await writer.drain()
+            await self._write(writer, chunk)
         writer.close()
 
     async def _pump_replies(
@@ -141,8 +144,15 @@ class ChaosProxy:
             if self.faults.spoil_replies > 0 and len(chunk) >= 1000:
                 self.faults.spoil_replies -= 1
                 chunk = spoilt(chunk)
-            writer.write(chunk)
+            await self._write(writer, chunk)
+
+    async def _write(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
+        size = self.faults.slice or len(chunk)
+        for begin in range(0, len(chunk), size):
+            writer.write(chunk[begin : begin + size])
             await writer.drain()
+            if self.faults.slice:
+                await asyncio.sleep(0)  # asyncio's sockets have no delay: each piece leaves alone
 
     def _loses(self) -> bool:
         if self.faults.lose_replies > 0:

@@ -37,10 +37,11 @@ def whole_json(settings):
 class WorkerProcess:
     """One worker; its log is a list of JSON lines."""
 
-    def __init__(self, settings, log_path, real):
+    def __init__(self, settings, log_path, real, clock_shift=0):
         self.settings, self.log_path = settings, log_path
         log_path.touch()
-        self.process = FORK_SERVER.Process(target=main, args=(whole_json(settings), str(log_path), real))
+        arguments = (whole_json(settings), str(log_path), real, clock_shift)
+        self.process = FORK_SERVER.Process(target=main, args=arguments)
         self.process.start()
 
     @property
@@ -95,12 +96,13 @@ class Fleet:
         self.doorbell = Doorbell(redis_url, "test")
         self.workers = []
 
-    def start_worker(self, models=None, *, wait=True, real=False, **settings):
-        """A worker of `models` (name -> path or whole spec), ready unless `wait` is false; `real` = with our engine."""
+    def start_worker(self, models=None, *, wait=True, real=False, clock_shift=0, **settings):
+        """A worker of `models` (name -> path or whole spec), ready unless `wait` is false; `real` = with our engine;
+        its wall clock is ahead by clock_shift seconds."""
         given = models or {"m": "fake"}
         specs = {name: {"path": spec} if isinstance(spec, str) else spec for name, spec in given.items()}
         chosen = Settings.model_validate({"redis_url": self.redis_url, **FAST, "models": specs, **settings})
-        worker = WorkerProcess(chosen, self.folder / f"worker{len(self.workers)}.log", real)
+        worker = WorkerProcess(chosen, self.folder / f"worker{len(self.workers)}.log", real, clock_shift)
         self.workers.append(worker)
         if wait:
             until(lambda: len(worker.lines("engine_ready")) == len(specs))

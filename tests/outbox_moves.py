@@ -49,7 +49,8 @@ def pass_time(ledger, seconds=10 * 86400, also=()):
     prefix, redis = ledger.prefix, ledger.redis
     for key in [prefix + "outbox", *redis.keys(prefix + "queue:*"), *redis.keys(prefix + "sending:*"), *also]:
         for member, score in redis.zrange(key, 0, -1, withscores=True):
-            redis.zadd(key, {member: round(score - 1000 * seconds)})
+            # xx: what a live worker took away meanwhile stays away.
+            redis.zadd(key, {member: round(score - 1000 * seconds)}, xx=True)
     for key in redis.keys(prefix + "receiver:*"):
         for field in ("open_until_ms", "failing_since_ms"):
             if value := redis.hget(key, field):

@@ -1,4 +1,4 @@
-"""The whole engine under a crowd: 200 requests over the demo model with room for a few of them. See soak.py."""
+"""The whole engine under a crowd: 200 requests over the demo model with room for a few of them. See engine_soak.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from soak import LONGEST, Job, Soak, Told, make_jobs, quiet
+from engine_soak import LONGEST, Job, Soak, Told, make_jobs, quiet
 
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.philox import uniforms

@@ -104,6 +104,21 @@ def test_a_card_and_a_worker_leave_by_their_word_or_by_their_time(ledger):
     assert (ledger.cards(), ledger.workers()) == ({}, {})
 
 
+def test_a_model_whose_workers_fell_silent_is_remembered_for_a_while_as_unserved(ledger):
+    ledger.put_card("m", {"id": "m", "state": "ready", "sizes": []}, "w1", 0.001)
+    while ledger.cards()["m"]["state"] == "ready":
+        pass
+    assert ledger.cards() == {"m": {"id": "m", "state": "unserved", "sizes": []}}
+    # a worker that is there is believed
+    ledger.put_card("m", {"id": "m", "state": "loading"}, "w2", 60)
+    assert ledger.cards()["m"]["state"] == "loading"
+    # one that leaves by its word is not remembered, nor is one that was silent for long
+    ledger.put_card("m", {}, "w2", 0)
+    ledger.redis.zincrby(f"{ledger.prefix}here:model", -601_000, "m\nw1")
+    assert ledger.cards() == {}
+    assert ledger.redis.hlen(f"{ledger.prefix}cards:model") == 0
+
+
 def test_api_keys_are_found_by_their_digest_until_deleted(ledger):
     ledger.put_key("digest1", "a", "laptop")
     ledger.put_key("digest2", "b", "ci")

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+import uvloop
 from chaosproxy import ChaosProxy
 from outbox_moves import URL, deliveries
 
@@ -257,6 +258,22 @@ def test_the_async_ledger_survives_a_lost_reply_too(shaky, proxy, ledger):
     assert asyncio.run(life()) == "same"
     assert proxy.lost == 1
     assert [event["type"] for event in ledger.events("job_1")].count("job.completed") == 1
+
+
+def test_connections_that_were_cut_while_uvloop_held_them_are_made_anew(proxy, ledger):
+    """uvicorn's event loop says RuntimeError where asyncio's says that the connection is lost."""
+
+    async def ask():
+        shaky = AsyncLedger.from_url(proxy.url, "test")
+        try:
+            for _ in range(30):
+                await asyncio.gather(*(shaky.stats() for _ in range(20)))
+                await asyncio.to_thread(proxy.reset_all)
+        finally:
+            await shaky.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(ask())
 
 
 def test_a_slow_link_changes_no_answer(shaky, proxy):

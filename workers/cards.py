@@ -54,7 +54,7 @@ class Cards:
 
     def served_elsewhere(self, model: str) -> bool:
         """Whether another worker has this model, or may soon have it."""
-        cards = self._ledger.run(Call("present", ("model",), roster.bodies))
+        cards = self._ledger.run(Call("present", ("model", ""), roster.bodies))
         mine = f"{model}\n{self._worker}"
         others = (card for name, card in cards.items() if name.partition("\n")[0] == model and name != mine)
         return any(card.get("state") not in ("failed", "stopped") for card in others)

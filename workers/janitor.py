@@ -5,7 +5,6 @@ finds nothing to do.
 """
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -43,13 +42,14 @@ class Janitor:
         self._ledger = ledger
         self._doorbell = doorbell
         self._sweep_seconds = sweep_seconds
-        self._lease_seconds = lease_seconds
+        self._lease_ms = round(lease_seconds * 1000)
+        # A lease is worth two beats at least, so a shorter silence ends none; and one's own sweeps are no silence.
+        self._silence_ms = round(max(lease_seconds / 2, 3 * sweep_seconds) * 1000)
         self._max_deaths = max_deaths
         self._result_ttl_ms = round(result_ttl_seconds * 1000)
         self._dead_ttl_ms = round(dead_letter_ttl_seconds * 1000)
         self._on_reaped = on_reaped
         self._upkeep = upkeep
-        self._reap_after = 0.0
         self._stopping = False
         self._nudged = threading.Event()
         self._thread = threading.Thread(target=self._run, name="janitor", daemon=True)
@@ -74,17 +74,13 @@ class Janitor:
                 self.round()
                 self._upkeep()
             except LedgerUnavailable as error:
-                # Nobody could beat while Redis was away. Give every worker a lease's time to say that it lives before
-                # its jobs are taken back and deaths are counted.
-                self._reap_after = time.monotonic() + self._lease_seconds
                 log.warning("round_skipped", reason=error.message)
             except Exception:
                 log.exception("round_broke")
 
     def round(self) -> None:
         """Reap, sweep, ring."""
-        if time.monotonic() >= self._reap_after:
-            self._reap()
+        self._reap()
         swept = self._ledger.sweep(BATCH, result_ttl_ms=self._result_ttl_ms, dead_ttl_ms=self._dead_ttl_ms)
         if swept.expired or swept.deleted:
             log.info("swept", expired=len(swept.expired), deleted=swept.deleted)
@@ -98,7 +94,9 @@ class Janitor:
         return self._ledger.run(Call("", ("LLEN", names.turn_queue(model, self._ledger.namespace)), int))
 
     def _reap(self) -> None:
-        while reaped := self._ledger.reap(BATCH, self._max_deaths):
+        while reaped := self._ledger.reap(
+            BATCH, self._max_deaths, silence_ms=self._silence_ms, lease_ms=self._lease_ms
+        ):
             for job_id, how in reaped:
                 log.warning("job_taken_back", job_id=job_id, how=how)
             self._on_reaped(Counter(how for _, how in reaped))

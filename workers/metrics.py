@@ -166,7 +166,7 @@ def fleet_families() -> Call[list[Metric]]:
                 family.samples += [_sample(sample, worker.decode()) for sample in samples]
         return list(families.values())
 
-    return Call("present", ("metrics",), parse)
+    return Call("present", ("metrics", ""), parse)
 
 
 def _sample(sample: tuple[str, Mapping[str, str], float], worker: str) -> Sample:

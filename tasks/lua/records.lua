@@ -20,6 +20,7 @@
 --   gone:<id>             string  the token that deleted the job; dies after a minute
 --   pace:<model>          hash    how fast the model's jobs end: queue.lua
 --   models                set     models that have or had jobs
+--   reaper                hash    asked_ms (the last call of reap), not_before_ms (it takes nothing before)
 --   seq                   string  counter that numbers jobs by age
 --   signing               string  what urls of files are signed with (roster.py)
 -- Time is the server's own (TIME), so no clock of a worker can shorten or stretch a lease.
