@@ -66,7 +66,9 @@ def as_unavailable() -> Iterator[None]:
     except RuntimeError as error:
         if "closed" not in str(error):
             raise
-        raise LedgerUnavailable("the ledger (Redis) does not answer: its connection is closed", retry_after=1) from error
+        raise LedgerUnavailable(
+            "the ledger (Redis) does not answer: its connection is closed", retry_after=1
+        ) from error
 
 
 class Carrier:
@@ -284,6 +286,8 @@ class AsyncLedger(Carrier):
     purge = async_verb(lines.purge)
 
     stats = async_verb(roster.stats)
+    put_role = async_verb(roster.put_role)
+    roles = async_verb(roster.roles)
     put_worker = async_verb(roster.put_worker)
     workers = async_verb(roster.workers)
     put_card = async_verb(roster.put_card)

@@ -182,7 +182,17 @@ class Soak:
             for member, _ in client.zrange(prefix + key, 0, -1, withscores=True):
                 client.zadd(prefix + key, {member: 1}, xx=True)
         deadline = time.monotonic() + 30
-        patterns = ("job:*", "batch:*", "file:*", "delivery:*", "parts:*", "owners:*", "events:*", "tries:*", "output:*")
+        patterns = (
+            "job:*",
+            "batch:*",
+            "file:*",
+            "delivery:*",
+            "parts:*",
+            "owners:*",
+            "events:*",
+            "tries:*",
+            "output:*",
+        )
         while time.monotonic() < deadline:
             ledger.sweep(100, result_ttl_ms=0, dead_ttl_ms=0)
             left = [key.decode() for pattern in patterns for key in client.keys(prefix + pattern)]
