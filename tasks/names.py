@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 #: A Celery message "somebody, carry one job of this model"; args `[model]`.
 TURN_TASK = "inferfleet.turn"
+#: What events about a job call their task; its id is the job's. No message has this name.
+JOB_TASK = "inferfleet.job"
 #: An ordinary Celery task that submits a job or a chat body and returns the answer; for chains, groups and chords.
 RUN_TASK = "inferfleet.run"
 #: A Celery message "somebody, send the webhooks that are due"; no args.

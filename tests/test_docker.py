@@ -1,5 +1,6 @@
 """The images and the compose file, as far as can be seen without a container engine: what they name exists here."""
 
+import configparser
 import fnmatch
 import json
 import os
@@ -285,3 +286,20 @@ def test_health_looks_for_a_role_of_this_machine_and_says_when_it_cannot_know(re
         assert health() == 1
     with role("redis://127.0.0.1:1/0", "webhooks") as (process, health):
         assert health() == 3
+
+
+def test_the_systemd_unit_runs_every_role_with_time_to_drain(monkeypatch):
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    path = ROOT / "ops" / "systemd" / "inferfleet@.service"
+    unit.read(path)
+    service = unit["Service"]
+    roles = re.findall(r"inferfleet@(\w+)", path.read_text().partition("\n\n")[0])
+
+    assert set(roles) == {"api", "worker", "batches", "webhooks"} and set(roles) <= COMMANDS.keys()
+    assert service["ExecStart"].endswith("/inferfleet %i") and service["KillMode"] == "mixed"
+    for line in re.findall(r"^Environment=(INFERFLEET_\w+)=(.*)$", path.read_text(), re.M):
+        monkeypatch.setenv(*line)
+    monkeypatch.setenv("INFERFLEET_CONFIG", str(DOCKER / "inferfleet.toml"))
+    refuse_unknown_environment()
+    assert int(service["TimeoutStopSec"]) > Settings().drain_grace_seconds + 10

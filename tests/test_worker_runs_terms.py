@@ -133,6 +133,15 @@ def test_revoke_cancels_what_waits_and_only_with_terminate_what_runs(fleet, prod
     assert fleet.wait(job_id_of(running.id)).state == "cancelled"
 
 
+def test_remote_control_revokes_any_job_by_its_id(shared, caller):
+    job_id = shared.submit(LONG)  # as from the API, and with Flower's button
+    shared.wait_for_words(job_id)
+
+    caller.control.revoke(job_id, terminate=True)
+
+    assert shared.wait(job_id).state == "cancelled"
+
+
 def test_a_chord_hears_of_a_member_that_was_revoked_before_its_time(shared, caller):
     member = run(caller, "tokens=1").set(countdown=3000, task_id="to-be-revoked")
     result = chord([run(caller, "tokens=1"), member], run(caller, "tokens=2")).apply_async()

@@ -1,7 +1,9 @@
 """A real worker on a real Redis with scripted engines: turns, limits, cancels, drains. Faults are tested elsewhere."""
 
+import contextlib
 import json
 import signal
+import threading
 import time
 import urllib.request
 
@@ -296,10 +298,55 @@ def test_celery_s_own_tools_see_each_running_job_as_a_task(shared, plain_celery)
     active = plain_celery.control.inspect(timeout=2).active()
 
     tasks = [task for tasks in active.values() for task in tasks]
-    assert [(task["name"], task["args"]) for task in tasks] == [("inferfleet.turn", ["m"])]
+    assert [(task["name"], task["args"], task["job_id"]) for task in tasks] == [("inferfleet.turn", ["m"], job_id)]
     assert list(active) == list(shared.ledger.workers())
     shared.ledger.cancel(job_id)
     shared.wait(job_id)
+
+
+@contextlib.contextmanager
+def watching(app):
+    """What Flower sees: its own picture of all tasks, made from events."""
+    picture = app.events.State()
+    stopping = threading.Event()
+
+    def watch():
+        with app.connection_for_read() as connection:
+            receiver = app.events.Receiver(connection, handlers={"*": picture.event})
+            ready.set()
+            while not stopping.is_set():
+                with contextlib.suppress(TimeoutError):
+                    receiver.capture(limit=None, timeout=0.2, wakeup=False)
+
+    ready = threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    ready.wait()
+    app.control.enable_events()
+    try:
+        yield picture
+    finally:
+        app.control.disable_events()
+        stopping.set()
+        thread.join()
+
+
+def test_what_watches_celery_shows_each_job_by_its_id_and_says_how_it_ended(shared, plain_celery):
+    with watching(plain_celery) as picture:
+        # given: somebody listens, and the workers know it
+        until(lambda: shared.wait(shared.submit("tokens=1")) and picture.tasks)
+        good, bad, stopped = shared.submit("tokens=2"), shared.submit("fail"), shared.submit("tokens=3000 step=0.01")
+        until(lambda: (task := picture.tasks.get(stopped)) and task.state == "STARTED")
+        shared.ledger.cancel(stopped)
+
+        seen = [until(lambda job=job: (task := picture.tasks.get(job)) and task.ready and task) for job in (good, bad)]
+        revoked = until(lambda: (task := picture.tasks[stopped]).ready and task)
+
+    assert [(task.name, task.state) for task in (*seen, revoked)] == [
+        ("inferfleet.job", "SUCCESS"), ("inferfleet.job", "FAILURE"), ("inferfleet.job", "REVOKED")
+    ]  # fmt: skip
+    assert (seen[0].result, seen[1].exception) == ("completed", "nan_logits")
+    assert seen[0].hostname in shared.ledger.workers() and seen[0].runtime > 0
 
 
 def test_remote_control_s_shutdown_drains(fleet):

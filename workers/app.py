@@ -21,6 +21,7 @@ from typing import Any
 
 from celery import Celery, Task, bootsteps
 from celery.concurrency.thread import ApplyResult, TaskPool
+from celery.events.dispatcher import EventDispatcher
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 from kombu.asynchronous import Hub
@@ -43,6 +44,13 @@ RESULT_SECONDS = 86400
 
 class FleetRequest(Request):
     """A message that was consumed with `no_ack`: there is nothing to acknowledge, and no channel to do it on."""
+
+    #: Of the job that a turn carries just now.
+    job_id: str | None = None
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What `inspect active` shows."""
+        return super().info(safe) | ({"job_id": self.job_id} if self.job_id else {})
 
     def acknowledge(self) -> None:
         self.acknowledged = True
@@ -185,6 +193,11 @@ class Intake:
             self._write_end.send(b"w")
         except BlockingIOError:
             pass  # it has not read the last hundred thousand wakes yet: it is awake
+
+    @property
+    def dispatcher(self) -> EventDispatcher | None:
+        """What sends events; another one after each reconnection."""
+        return getattr(self._consumer, "event_dispatcher", None)
 
     def shut(self) -> None:
         """The event loop is gone for good."""

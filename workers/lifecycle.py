@@ -31,6 +31,7 @@ from inferfleet.workers.flight import Ending, Flight
 from inferfleet.workers.heart import Heart
 from inferfleet.workers.host import Host
 from inferfleet.workers.janitor import Janitor
+from inferfleet.workers.job_events import JobEvents
 from inferfleet.workers.loading import is_due, view_for
 from inferfleet.workers.metrics import Meter, Snapshots
 from inferfleet.workers.outputs import OutputWriter
@@ -84,20 +85,40 @@ class Lifecycle:
         self._seats = Seats(settings.slots, self._host.residents())
         doorbell = Doorbell(settings.redis_url, settings.namespace)
         self._porter = Porter(
-            settings, self.name, ledger, self._host, doorbell, self._meter, self._writer, self._seats, self._tend
+            settings,
+            self.name,
+            ledger,
+            self._host,
+            doorbell,
+            self._meter,
+            self._writer,
+            self._seats,
+            self._tend,
+            JobEvents(app.intake),
         )
         self._cards = Cards(ledger, self.name, slots=settings.slots, heartbeat_seconds=settings.heartbeat_seconds)
         self._snapshots = Snapshots(ledger, self.name, self._meter, ttl)
-        self._heart = Heart(
-            ledger,
+        self._heart = self._make_heart()
+        self._janitor = self._make_janitor(doorbell)
+        self._cancels = Cancels(ledger, self._on_cancelled)
+        self._runs = RunsProcess(settings) if settings.run_slots else None
+        register_turns(app, self._porter)
+
+    def _make_heart(self) -> Heart:
+        settings = self._settings
+        return Heart(
+            self._ledger,
             self.name,
             self._host.residents,
             heartbeat_seconds=settings.heartbeat_seconds,
             lease_seconds=settings.lease_seconds,
             stall_seconds=settings.stall_seconds,
         )
-        self._janitor = Janitor(
-            ledger,
+
+    def _make_janitor(self, doorbell: Doorbell) -> Janitor:
+        settings = self._settings
+        return Janitor(
+            self._ledger,
             doorbell,
             sweep_seconds=settings.sweep_seconds,
             lease_seconds=settings.lease_seconds,
@@ -107,9 +128,6 @@ class Lifecycle:
             on_reaped=self._meter.reaped,
             upkeep=self._upkeep,
         )
-        self._cancels = Cancels(ledger, self._on_cancelled)
-        self._runs = RunsProcess(settings) if settings.run_slots else None
-        register_turns(app, self._porter)
 
     def start(self) -> None:
         """Everything but Celery."""

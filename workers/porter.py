@@ -7,11 +7,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from inferfleet.tasks import errors
+from inferfleet.tasks import errors, names
 from inferfleet.tasks.contracts import ImageRequest, ResponseRequest, check_card
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.ledger import Ledger
@@ -33,6 +33,19 @@ from inferfleet.workers.seats import Seats
 log = logs.get("turn")
 
 
+class Watch(Protocol):
+    """Whoever is told what becomes of jobs here."""
+
+    def taken(self, job_id: str, model: str, attempt: int) -> None:
+        """This worker has claimed the job."""
+
+    def ended(self, job_id: str, state: str, code: str | None) -> None:
+        """The job is over; `code` is that of its error."""
+
+    def let_go(self, job_id: str, how: str) -> None:
+        """The job is not over, and no longer carried here."""
+
+
 class Porter:
     """Takes turns. Many threads use one porter."""
 
@@ -47,6 +60,7 @@ class Porter:
         writer: OutputWriter,
         seats: Seats,
         on_room: Callable[[Resident], None],
+        watch: Watch,
     ) -> None:
         """on_room: told when a model has no seat any more, or has one again."""
         self._settings = settings
@@ -58,6 +72,7 @@ class Porter:
         self._writer = writer
         self._seats = seats
         self._on_room = on_room
+        self._watch = watch
         self._media = Media()
         self._lease_ms = round(settings.lease_seconds * 1000)
         #: Set when no more jobs may be claimed: the worker drains.
@@ -96,9 +111,12 @@ class Porter:
         did = "nothing waits"
         while (claim := self._claim(resident.model)) is not None:
             with logs.bound(job_id=claim.job_id, model=resident.model):
+                job_id = claim.job_id
                 errand = self._errand(resident, claim)
                 del claim  # the job as it was submitted may be large; it is not kept while it runs
                 did = "failed" if errand is None else self._carry(resident, errand)
+                if did not in names.TERMINAL:
+                    self._watch.let_go(job_id, did)
             if self._seats.has_room(resident) or self.closing.is_set() or not resident.accepts:
                 break
         return did
@@ -120,9 +138,12 @@ class Porter:
     def _claim(self, model: str) -> Claim | None:
         # Made here, not taken from the Celery message: two messages with one id must not share a claim.
         token = uuid.uuid4().hex
-        return until_answered(
+        claim = until_answered(
             lambda: self._ledger.claim(model, worker=self._worker, token=token, lease_ms=self._lease_ms), self.closing
         )
+        if claim is not None:
+            self._watch.taken(claim.job_id, model, claim.attempt)
+        return claim
 
     def _errand(self, resident: Resident, claim: Claim) -> Errand | None:
         """What there is to do for a claimed job; None where nothing can be done, and the job has failed."""
@@ -212,8 +233,10 @@ class Porter:
         answer = until_answered(
             lambda: self._ledger.complete(claim.job_id, claim.fence, state=state, keep=keep, **end), self.giving_up
         )
-        log.info("job_ended", state=state, answer=answer, code=None if error is None else error["code"], **measured)
+        code = None if error is None else error["code"]
+        log.info("job_ended", state=state, answer=answer, code=code, **measured)
         if flight is None or answer in ("done", "same"):
+            self._watch.ended(claim.job_id, state, code)
             return state
         if answer == "missing":
             flight.crash_reason = "a picture was gone from the store before the job could end"

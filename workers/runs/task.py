@@ -37,6 +37,10 @@ PRIORITIES = range(10)
 class RunRequest(FleetRequest):
     """A message that the keeper keeps."""
 
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What `inspect active` shows."""
+        return super().info(safe) | {"job_id": job_id_of(self.id)}
+
     def acknowledge(self) -> None:
         if not self.acknowledged:
             self.task.keeper.drop(self.id)
