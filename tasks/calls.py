@@ -20,8 +20,10 @@ from inferfleet.tasks.errors import (
     NotTerminal,
     QueueFull,
 )
-from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept
+from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept, Work
 
+#: Of a job of which nothing more is known.
+SMALL = Work()
 #: Places that a claim looks at before it gives up; overdue jobs among them are ended on the way.
 LOOK_AHEAD = 32
 #: Claims in a row that may pass over a class of jobs that wait: then the least urgent has its turn (ageing).
@@ -71,15 +73,13 @@ def submit(
     webhook: str | None = None,
     webhook_words: Sequence[str] = names.WEBHOOK_ENDS,
     batch_id: str | None = None,
-    cost: int = 1,
-    affinity: str | None = None,
+    work: Work = SMALL,
 ) -> Call[Submitted]:
     """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay.
 
     webhook: a URL or the id of an endpoint, which is told of webhook_words (names.WEBHOOK_WORDS).
     batch_id: of the batch whose line this is; webhooks are told of the batch, not of its lines.
-    cost: tokens or as much work, for the tenant's fair share. affinity: jobs with the same one run well one after the
-    other on one worker; of any text, only whether it is equal counts.
+    work: for the tenant's fair turns and its quotas.
     """
     if not -100 <= priority <= 100:
         raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
@@ -101,7 +101,7 @@ def submit(
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
     more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None), opt(webhook))
     words = " ".join(webhook_words) if webhook else ""
-    return Call("submit", (*fields, *more, words, opt(batch_id), cost, affinity_code(affinity)), parse)
+    return Call("submit", (*fields, *more, words, opt(batch_id), work.cost, affinity_code(work.affinity)), parse)
 
 
 def affinity_code(affinity: str | None) -> str:

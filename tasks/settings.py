@@ -167,6 +167,8 @@ class Settings(BaseSettings):
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)
+    #: Of a model's slots in a worker, so many are never taken by lines of batches, though one always may be.
+    reserved_slots: int = Field(default=1, ge=0, le=4096)
     #: `inferfleet.run` tasks that one worker waits for at once, beside its slots; 0 = it takes none.
     run_slots: int = Field(default=32, ge=0, le=4096)
     #: An engine that should move but did not for this long is ended.

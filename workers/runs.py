@@ -101,6 +101,7 @@ class Runs:
             metadata=job.labels,
             webhook=job.callback,
             webhook_words=job.callback_words,
+            work=job.work,
         )
 
     def _wait(self, job_id: str) -> dict[str, Any]:

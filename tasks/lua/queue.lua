@@ -125,6 +125,19 @@ local function num_waiting(model)
   return redis.call('ZCARD', P .. 'ages:' .. model)
 end
 
+-- How many turns the jobs that wait are worth. Lines of batches count as a few: where they have all the seats that they
+-- may, every turn finds nothing, and who carries one goes on by itself.
+local MAX_LINE_RINGS = 32
+local function num_rings(model)
+  local lines = 0
+  for _, class in ipairs(redis.call('ZRANGE', P .. 'classes:' .. model, 0, -1)) do
+    if string.sub(class, 4) == 'b' then
+      lines = lines + tonumber(redis.call('HGET', P .. 'order:' .. model, 'n:' .. class))
+    end
+  end
+  return num_waiting(model) - math.max(0, lines - MAX_LINE_RINGS)
+end
+
 local function is_paused(model)
   return (redis.call('HGET', P .. 'order:' .. model, 'paused_ms') or '') ~= ''
 end

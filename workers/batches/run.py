@@ -222,6 +222,7 @@ class BatchRun:
             endpoint=job.url,
             metadata=(job.labels or {}) | {"batch_id": self.batch.id},
             batch_id=self.batch.id,
+            work=job.work,
         )
         try:
             return self._patiently(submit).queued
