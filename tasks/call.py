@@ -21,7 +21,11 @@ Steps = Generator["Call[Any]", Any, T]
 SCRIPTS = Path(__file__).parent / "lua"
 
 #: First word of a script's name -> what stands in front of it, where that is not records.lua, queue.lua and outbox.lua.
-SHARED = {"file": ("records", "shelf"), "batch": ("records", "outbox", "shelf", "batches")}
+SHARED = {
+    "submit": ("records", "queue", "outbox", "quotas"),
+    "file": ("records", "shelf"),
+    "batch": ("records", "outbox", "shelf", "batches"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from inferfleet.tasks.errors import (
     QueueFull,
 )
 from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept, Work
+from inferfleet.tasks.refusals import refusal, retry_after
 
 #: Of a job of which nothing more is known.
 SMALL = Work()
@@ -35,7 +35,6 @@ ENTRIES_PER_SCAN = 500
 MAX_PAGE = 100
 #: Longest time that a read of events blocks on the server, below redis-py's own 5 s for a silent socket.
 MAX_BLOCK_MS = 4000
-MAX_RETRY_AFTER = 60.0
 #: Of how a process died.
 MAX_REASON_CHARS = 500
 #: Doubles, which Lua counts with, are exact up to here; far more than a job can have events.
@@ -96,12 +95,16 @@ def submit(
         if verdict == "full":
             wait = retry_after(answer[1], integer(answer[2]))
             raise QueueFull(f"{answer[1]} jobs wait for {model}, the limit is {max_queued}", retry_after=wait)
+        if verdict in ("quota", "beyond", "late"):
+            raise refusal(verdict, answer[1:])
         return Submitted(text(answer[1]), replayed=verdict == "replay", queued=verdict == "new")
 
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
     more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None), opt(webhook))
     words = " ".join(webhook_words) if webhook else ""
-    return Call("submit", (*fields, *more, words, opt(batch_id), work.cost, affinity_code(work.affinity)), parse)
+    return Call(
+        "submit", (*fields, *more, words, opt(batch_id), work.cost, affinity_code(work.affinity), work.tokens), parse
+    )
 
 
 def affinity_code(affinity: str | None) -> str:
@@ -118,13 +121,6 @@ def check_idempotency_key(key: str, param: str = "idempotency_key") -> None:
 def idempotency_digest(tenant: str, key: str) -> str:
     """Keys of two tenants never meet, and a key of any length or alphabet makes a short Redis key."""
     return hashlib.sha256(f"{len(tenant)}:{tenant}{key}".encode()).hexdigest()
-
-
-def retry_after(waiting: int, gap_ms: int | None) -> float:
-    """Seconds until a full queue has drained at its present pace, bounded and spread so that callers do not return
-    all at once."""
-    seconds = 5.0 if gap_ms is None else waiting * gap_ms / 1000
-    return round(min(MAX_RETRY_AFTER, max(1.0, seconds)) * random.uniform(0.8, 1.2), 1)
 
 
 def get(job_id: str, tenant: str | None = None) -> Call[JobRecord]:

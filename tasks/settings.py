@@ -122,6 +122,24 @@ class S3Settings(BaseModel):
             raise SettingsError("give s3.access_key_id and s3.secret_access_key together", param="s3")
 
 
+class TenantSettings(BaseModel):
+    """What one tenant may have. None = no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Share of a model's work where tenants compete, in relation to others'.
+    weight: float = Field(default=1, ge=0.1, le=100, allow_inf_nan=False)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    #: Of prompts and answers, as estimated at the door. What is used of a rate comes back evenly over its period.
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_day: int | None = Field(default=None, ge=1)
+    #: Jobs that wait or run.
+    concurrent_jobs: int | None = Field(default=None, ge=1)
+    #: Jobs that wait, and their bytes.
+    queued_jobs: int | None = Field(default=None, ge=1)
+    queued_bytes: int | None = Field(default=None, ge=1)
+
+
 class Settings(BaseSettings):
     """Every setting of the fleet. Times are seconds, sizes bytes."""
 
@@ -152,6 +170,8 @@ class Settings(BaseSettings):
         default="redis://", pattern=r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
     )
     s3: S3Settings = S3Settings()
+    #: Weights and quotas by tenant, "*" = of those not named. The API brings them to Redis when it starts, for all.
+    tenants: dict[Annotated[str, Field(min_length=1, max_length=128)], TenantSettings] = {}
     #: Tenants that may pause queues, purge what others have waiting, and see whose jobs wait.
     operators: frozenset[str] = frozenset({"default"})
     #: Waiting jobs a model; more are answered 429.
@@ -251,6 +271,8 @@ def nearest(name: str) -> str:
     fields = Settings.model_fields
     if name.startswith("models."):
         fields = ImageSettings.model_fields if ".image." in name else ModelSpec.model_fields
+    if name.startswith("tenants."):
+        fields = TenantSettings.model_fields
     if name.startswith("s3."):
         fields = S3Settings.model_fields
     close = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)

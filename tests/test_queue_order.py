@@ -149,8 +149,8 @@ def queue_as_before(ledger, *jobs):
     redis, prefix = ledger.redis, ledger.prefix
     for job_id in jobs:
         key = f"{prefix}job:{job_id}"
-        model, tenant, priority, deadline, seq = (
-            value.decode() for value in redis.hmget(key, "model", "tenant", "priority", "deadline_ms", "seq")
+        model, priority, deadline, seq = (
+            value.decode() for value in redis.hmget(key, "model", "priority", "deadline_ms", "seq")
         )
         place = f"{int(priority) + 100:03}:{int(deadline or 9999999999999):013}:{int(seq):016}:{job_id}"
         redis.hset(key, "place", place)

@@ -78,7 +78,7 @@ class Runs:
             try:
                 submitted = until_answered(lambda: self._submit_once(job_id, envelope, job), self.closing)
                 break
-            except errors.QueueFull as full:
+            except (errors.QueueFull, errors.QuotaExceeded) as full:
                 # Somebody waits for the answer anyway: wait for room rather than fail a whole chord.
                 if self.closing.wait(full.retry_after or 1.0):
                     raise HandedOn from full
