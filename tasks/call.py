@@ -22,6 +22,7 @@ SCRIPTS = Path(__file__).parent / "lua"
 
 #: First word of a script's name -> what stands in front of it, where that is not records.lua, queue.lua and outbox.lua.
 SHARED = {
+    "submit": ("records", "queue", "outbox", "quotas"),
     "file": ("records", "shelf"),
     "batch": ("records", "queue", "outbox", "shelf", "batches"),
     "run": ("records", "runs"),

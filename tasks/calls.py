@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +19,11 @@ from inferfleet.tasks.errors import (
     NotTerminal,
     QueueFull,
 )
-from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept
+from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept, Work
+from inferfleet.tasks.refusals import refusal, retry_after
 
+#: Of a job of which nothing more is known.
+SMALL = Work()
 #: Places that a claim looks at before it gives up; overdue jobs among them are ended on the way.
 LOOK_AHEAD = 32
 #: Claims in a row that may pass over a class of jobs that wait: then the least urgent has its turn (ageing).
@@ -33,7 +35,6 @@ ENTRIES_PER_SCAN = 500
 MAX_PAGE = 100
 #: Longest time that a read of events blocks on the server, below redis-py's own 5 s for a silent socket.
 MAX_BLOCK_MS = 4000
-MAX_RETRY_AFTER = 60.0
 #: Of how a process died.
 MAX_REASON_CHARS = 500
 #: Doubles, which Lua counts with, are exact up to here; far more than a job can have events.
@@ -71,15 +72,13 @@ def submit(
     webhook: str | None = None,
     webhook_words: Sequence[str] = names.WEBHOOK_ENDS,
     batch_id: str | None = None,
-    cost: int = 1,
-    affinity: str | None = None,
+    work: Work = SMALL,
 ) -> Call[Submitted]:
     """Accept a job. Lower priority runs first. The same id or key with the same body_hash is a replay.
 
     webhook: a URL or the id of an endpoint, which is told of webhook_words (names.WEBHOOK_WORDS).
     batch_id: of the batch whose line this is; webhooks are told of the batch, not of its lines.
-    cost: tokens or as much work, for the tenant's fair share. affinity: jobs with the same one run well one after the
-    other on one worker; of any text, only whether it is equal counts.
+    work: for the tenant's fair turns and its quotas.
     """
     if not -100 <= priority <= 100:
         raise InvalidRequest("priority must lie between -100 and 100; lower runs first", param="priority")
@@ -96,12 +95,16 @@ def submit(
         if verdict == "full":
             wait = retry_after(answer[1], integer(answer[2]))
             raise QueueFull(f"{answer[1]} jobs wait for {model}, the limit is {max_queued}", retry_after=wait)
+        if verdict in ("quota", "beyond", "late"):
+            raise refusal(verdict, answer[1:])
         return Submitted(text(answer[1]), replayed=verdict == "replay", queued=verdict == "new")
 
     fields = (job_id, envelope, model, tenant, priority, opt(deadline_ms), opt(start_timeout_ms), opt(digest))
     more = (body_hash, opt(max_queued), opt(custom_id), endpoint, to_json(metadata or None), opt(webhook))
     words = " ".join(webhook_words) if webhook else ""
-    return Call("submit", (*fields, *more, words, opt(batch_id), cost, affinity_code(affinity)), parse)
+    return Call(
+        "submit", (*fields, *more, words, opt(batch_id), work.cost, affinity_code(work.affinity), work.tokens), parse
+    )
 
 
 def affinity_code(affinity: str | None) -> str:
@@ -118,13 +121,6 @@ def check_idempotency_key(key: str, param: str = "idempotency_key") -> None:
 def idempotency_digest(tenant: str, key: str) -> str:
     """Keys of two tenants never meet, and a key of any length or alphabet makes a short Redis key."""
     return hashlib.sha256(f"{len(tenant)}:{tenant}{key}".encode()).hexdigest()
-
-
-def retry_after(waiting: int, gap_ms: int | None) -> float:
-    """Seconds until a full queue has drained at its present pace, bounded and spread so that callers do not return
-    all at once."""
-    seconds = 5.0 if gap_ms is None else waiting * gap_ms / 1000
-    return round(min(MAX_RETRY_AFTER, max(1.0, seconds)) * random.uniform(0.8, 1.2), 1)
 
 
 def get(job_id: str, tenant: str | None = None) -> Call[JobRecord]:

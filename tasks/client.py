@@ -120,6 +120,7 @@ def _submit(
         metadata=job.labels,
         webhook=job.callback,
         webhook_words=job.callback_words,
+        work=job.work,
     )
     if submitted.queued:
         yield Ring(model)

@@ -6,6 +6,7 @@
     │   ├── InvalidJSON                  400 invalid_json
     │   ├── InvalidRequest               422 invalid_request
     │   │   ├── ContextLengthExceeded    422 context_length_exceeded
+    │   │   ├── DeadlineUnmeetable       422 deadline_unmeetable
     │   │   ├── UrlNotAllowed            422 url_not_allowed
     │   │   └── UnsupportedFeature       422 unsupported_feature
     │   ├── Unauthorized                 401 unauthorized
@@ -39,6 +40,7 @@
     │   └── TooManyEndpoints             409 too_many_webhook_endpoints
     ├── Unavailable                      the same call may succeed later
     │   ├── QueueFull                    429 queue_full
+    │   ├── QuotaExceeded                429 quota_exceeded
     │   ├── LedgerUnavailable            503 ledger_unavailable
     │   ├── NoWebhookWorker              503 no_webhook_worker
     │   └── StoreUnavailable             503 store_unavailable
@@ -75,16 +77,23 @@ class FleetError(Exception):
     type: ClassVar[str] = "server_error"
 
     def __init__(
-        self, message: str | None = None, *, param: str | None = None, retry_after: float | None = None
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
+        """facts: what a program may want to know beside the code, as JSON values."""
         self.message = message or (self.__doc__ or "").strip()
         self.param = param
         self.retry_after = retry_after
+        self.facts = dict(facts or {})
         super().__init__(self.message)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inside of OpenAI's `{"error": {...}}`: message, type, param, code."""
-        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        """The inside of OpenAI's `{"error": {...}}`: message, type, param, code; and the facts."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code} | self.facts
 
 
 class RequestError(FleetError):
@@ -129,6 +138,12 @@ class UnsupportedFeature(InvalidRequest):
     """This field is part of the OpenAI API, but this fleet does not serve it."""
 
     code = "unsupported_feature"
+
+
+class DeadlineUnmeetable(InvalidRequest):
+    """The job cannot start before its deadline at the pace of its queue."""
+
+    code = "deadline_unmeetable"
 
 
 class Unauthorized(RequestError):
@@ -331,6 +346,14 @@ class QueueFull(Unavailable):
     type = "rate_limit_error"
 
 
+class QuotaExceeded(Unavailable):
+    """The tenant has used up its quota."""
+
+    code = "quota_exceeded"
+    status = 429
+    type = "rate_limit_error"
+
+
 class LedgerUnavailable(Unavailable):
     """The ledger (Redis) cannot be reached or refuses to write."""
 
@@ -472,4 +495,5 @@ BY_CODE: dict[str, type[FleetError]] = {
 def from_dict(data: Mapping[str, Any]) -> FleetError:
     """The error that `to_dict` described. A code of a newer version becomes the base class, message kept."""
     cls = BY_CODE.get(str(data.get("code")), FleetError)
-    return cls(data.get("message"), param=data.get("param"))
+    facts = {name: value for name, value in data.items() if name not in ("message", "type", "param", "code")}
+    return cls(data.get("message"), param=data.get("param"), facts=facts)

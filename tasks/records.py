@@ -16,6 +16,18 @@ Output = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a job asks for, as it was estimated when it was submitted."""
+
+    #: Of prompt and answer, for quotas.
+    tokens: int = 1
+    #: For fair turns among the jobs of one model: any unit that they share.
+    cost: int = 1
+    #: Jobs with the same one run well one after the other on one worker. Any text.
+    affinity: str | None = None
+
+
+@dataclass(frozen=True)
 class Submitted:
     job_id: str
     #: The job existed before this call: the same idempotency key or job id came with the same body.
@@ -50,7 +62,7 @@ class Claim:
 class Swept:
     expired: list[str]
     deleted: int
-    #: model -> jobs that wait
+    #: model -> turns that its waiting jobs are worth
     ring: dict[str, int]
 
 

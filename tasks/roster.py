@@ -78,6 +78,11 @@ def stats() -> Call[dict[str, dict[str, Any]]]:
     return Call("stats", (), parse)
 
 
+def put_tenants(limits: Mapping[str, Mapping[str, Any]]) -> Call[int]:
+    """Replace the weights and quotas of all tenants: name ("*" = whoever is not named) -> settings.TenantSettings."""
+    return Call("tenants", [part for name, values in limits.items() for part in (name, to_json(values))], int)
+
+
 def put_key(sha256: str, tenant: str, name: str) -> Call[None]:
     """Let whoever shows the key with this digest act for a tenant. The key itself is never stored."""
     return Call("", ("HSET", Key("keys"), sha256, to_json({"tenant": tenant, "name": name})), ignore)

@@ -133,6 +133,24 @@ class S3Settings(BaseModel):
             raise SettingsError("give s3.access_key_id and s3.secret_access_key together", param="s3")
 
 
+class TenantSettings(BaseModel):
+    """What one tenant may have. None = no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Share of a model's work where tenants compete, in relation to others'.
+    weight: float = Field(default=1, ge=0.1, le=100, allow_inf_nan=False)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    #: Of prompts and answers, as estimated at the door. What is used of a rate comes back evenly over its period.
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_day: int | None = Field(default=None, ge=1)
+    #: Jobs that wait or run.
+    concurrent_jobs: int | None = Field(default=None, ge=1)
+    #: Jobs that wait, and their bytes.
+    queued_jobs: int | None = Field(default=None, ge=1)
+    queued_bytes: int | None = Field(default=None, ge=1)
+
+
 class Settings(BaseSettings):
     """Every setting of the fleet. Times are seconds, sizes bytes."""
 
@@ -164,6 +182,8 @@ class Settings(BaseSettings):
     #: Tenant -> what its batches may read their input from and write their output to, with the keys of `s3`: any object
     #: whose url begins with one of these. Not where `result_store` is, which holds the files of everybody.
     batch_buckets: dict[Annotated[str, Field(min_length=1, max_length=256)], list[BucketPrefix]] = {}
+    #: Weights and quotas by tenant, "*" = of those not named. The API brings them to Redis when it starts, for all.
+    tenants: dict[Annotated[str, Field(min_length=1, max_length=128)], TenantSettings] = {}
     #: Tenants that may pause queues, purge what others have waiting, and see whose jobs wait.
     operators: frozenset[str] = frozenset({"default"})
     #: Waiting jobs a model; more are answered 429.
@@ -181,6 +201,8 @@ class Settings(BaseSettings):
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)
+    #: Of a model's slots in a worker, so many are never taken by lines of batches, though one always may be.
+    reserved_slots: int = Field(default=1, ge=0, le=4096)
     #: `inferfleet.run` tasks that one worker waits for at once, beside its slots; 0 = it takes none.
     run_slots: int = Field(default=32, ge=0, le=4096)
     #: An engine that should move but did not for this long is ended.
@@ -284,6 +306,8 @@ def nearest(name: str) -> str:
     fields = Settings.model_fields
     if name.startswith("models."):
         fields = ImageSettings.model_fields if ".image." in name else ModelSpec.model_fields
+    if name.startswith("tenants."):
+        fields = TenantSettings.model_fields
     if name.startswith("s3."):
         fields = S3Settings.model_fields
     close = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)

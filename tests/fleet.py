@@ -111,17 +111,18 @@ class Fleet:
     def client(self):
         return Client(self.redis_url, namespace="test")
 
-    def submit(self, words, *, model="m", ring=True, job_id=None, tenant="default", **options):
+    def submit(self, words, *, model="m", ring=True, job_id=None, tenant="default", batch_id=None, **options):
         """Submit one message; `options` go into the job, `body` among them into the chat body."""
         body = {"model": model, "messages": [{"role": "user", "content": words}], **options.pop("body", {})}
-        return self.submit_job({"body": body, **options}, ring=ring, job_id=job_id, tenant=tenant)
+        values = {"body": body, **options}
+        return self.submit_job(values, ring=ring, job_id=job_id, tenant=tenant, batch_id=batch_id)
 
     def paint(self, words, *, model="p", url=names.IMAGES_URL, ring=True, **options):
         """Submit an image job; `options` go into the job, `body` among them into its body."""
         body = {"model": model, "prompt": words or "x", **options.pop("body", {})}
         return self.submit_job({"url": url, "body": body, **options}, ring=ring)
 
-    def submit_job(self, values, *, ring=True, job_id=None, tenant="default"):
+    def submit_job(self, values, *, ring=True, job_id=None, tenant="default", batch_id=None):
         """Submit a job given as JSON values."""
         job = parse_job(json.dumps(values).encode())
         model = job.body.model
@@ -130,7 +131,7 @@ class Fleet:
         self.ledger.submit(
             job_id, envelope, model=model, tenant=tenant, body_hash=body_hash(envelope),
             priority=job.effective_priority, deadline_ms=job.deadline_ms, start_timeout_ms=job.start_timeout_ms,
-            endpoint=job.url,
+            endpoint=job.url, batch_id=batch_id, work=job.work,
         )  # fmt: skip
         if ring:
             self.doorbell.ring(model)

@@ -42,6 +42,8 @@ CODES = {
     "not_terminal": 409,
     "not_queued": 409,
     "queue_full": 429,
+    "quota_exceeded": 429,
+    "deadline_unmeetable": 422,
     "ledger_unavailable": 503,
     "store_unavailable": 503,
     "store_misconfigured": 503,

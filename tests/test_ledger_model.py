@@ -15,6 +15,7 @@ from inferfleet.tasks.dead_letters import read_attempts
 from inferfleet.tasks.errors import AlreadyTerminal, Conflict, JobNotFound, NotQueued, NotTerminal
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.names import DELTA, PROGRESS, TERMINAL, output_id
+from inferfleet.tasks.records import Work
 from inferfleet.tasks.stores import RedisStore
 
 MODELS = ("m", "n")
@@ -128,7 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def submit(self, model, tenant, priority, deadline, batch, cost):
         job_id = f"job_{999 - len(self.twins)}"  # so that the order of ids is not that of ages
         options = {"model": model, "tenant": tenant, "body_hash": "h", "priority": priority, "deadline_ms": deadline,
-                   "webhook": HOOK, "batch_id": "batch_1" if batch else None, "cost": cost}  # fmt: skip
+                   "webhook": HOOK, "batch_id": "batch_1" if batch else None, "work": Work(cost=cost)}  # fmt: skip
         answers = [self.ledger.submit(job_id, b"{}", **options) for _ in range(2)]
         assert [answer.queued for answer in answers] == [True, False]
         self.twins[job_id] = Twin(model, tenant, priority, deadline, len(self.twins), batch, cost)

@@ -82,7 +82,7 @@ class Lifecycle:
         )
         self._meter.engines.residents = self._host.residents()
         self._writer = OutputWriter(open_store(settings, ledger), self._publisher)
-        self._seats = Seats(settings.slots, self._host.residents())
+        self._seats = Seats(settings.slots, self._host.residents(), settings.reserved_slots)
         doorbell = Doorbell(settings.redis_url, settings.namespace)
         self._porter = Porter(
             settings,

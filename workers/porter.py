@@ -74,6 +74,8 @@ class Porter:
         self._on_room = on_room
         self._watch = watch
         self._media = Media()
+        #: model -> what the job that was claimed last shares with others. Threads may overwrite it: it is a hint.
+        self._warm: dict[str, str] = {}
         self._lease_ms = round(settings.lease_seconds * 1000)
         #: Set when no more jobs may be claimed: the worker drains.
         self.closing = threading.Event()
@@ -107,9 +109,10 @@ class Porter:
 
     def _carry_on(self, resident: Resident) -> str:
         """Carry the best waiting job. While the model's seats are all taken its turns stay in their queue, so whoever
-        sits goes on with the next job by itself."""
+        sits goes on with the next job by itself; also while lines of batches have all the seats that they may, because
+        their turns find nothing then."""
         did = "nothing waits"
-        while (claim := self._claim(resident.model)) is not None:
+        while (claim := self._claim(resident)) is not None:
             with logs.bound(job_id=claim.job_id, model=resident.model):
                 job_id = claim.job_id
                 errand = self._errand(resident, claim)
@@ -117,7 +120,8 @@ class Porter:
                 did = "failed" if errand is None else self._carry(resident, errand)
                 if did not in names.TERMINAL:
                     self._watch.let_go(job_id, did)
-            if self._seats.has_room(resident) or self.closing.is_set() or not resident.accepts:
+            others_go_on = self._seats.has_room(resident) and self._seats.serves_lines(resident, another=True)
+            if others_go_on or self.closing.is_set() or not resident.accepts:
                 break
         return did
 
@@ -125,7 +129,7 @@ class Porter:
         """Fail the jobs of a model that cannot be loaded, so that nobody waits for it for ever."""
         failure = resident.failure or {}
         error = failure | {"message": f"the model {resident.model} cannot be loaded: {failure.get('message')}"}
-        while (claim := self._claim(resident.model)) is not None:
+        while (claim := self._claim(resident)) is not None:
             with logs.bound(job_id=claim.job_id, model=resident.model):
                 self._complete(claim, "failed", error=error)
         return "refused"
@@ -135,14 +139,20 @@ class Porter:
             resident.start()
         return resident.accepts
 
-    def _claim(self, model: str) -> Claim | None:
+    def _claim(self, resident: Resident) -> Claim | None:
         # Made here, not taken from the Celery message: two messages with one id must not share a claim.
         token = uuid.uuid4().hex
-        claim = until_answered(
-            lambda: self._ledger.claim(model, worker=self._worker, token=token, lease_ms=self._lease_ms), self.closing
-        )
+        asked: dict[str, Any] = {
+            "worker": self._worker,
+            "token": token,
+            "lease_ms": self._lease_ms,
+            "online": not self._seats.serves_lines(resident),
+            "affinity": self._warm.get(resident.model, ""),
+        }
+        claim = until_answered(lambda: self._ledger.claim(resident.model, **asked), self.closing)
         if claim is not None:
-            self._watch.taken(claim.job_id, model, claim.attempt)
+            self._warm[resident.model] = claim.affinity
+            self._watch.taken(claim.job_id, resident.model, claim.attempt)
         return claim
 
     def _errand(self, resident: Resident, claim: Claim) -> Errand | None:

@@ -30,8 +30,10 @@ class Load:
 class Seats:
     """Counts what is carried. Many threads use one."""
 
-    def __init__(self, slots: int, residents: Sequence[Resident]) -> None:
+    def __init__(self, slots: int, residents: Sequence[Resident], reserved: int = 0) -> None:
+        """reserved: seats of a model that lines of batches leave free."""
         self._slots = slots
+        self._reserved = reserved
         self._residents = list(residents)
         self._loads = {resident.model: Load() for resident in residents}
         self._lock = threading.Lock()
@@ -62,6 +64,13 @@ class Seats:
         """Whether another job of this model may be claimed."""
         with self._lock:
             return self._has_room(resident)
+
+    def serves_lines(self, resident: Resident, *, another: bool = False) -> bool:
+        """Whether who has just taken a seat may carry a line of a batch on it; or `another` one may, too."""
+        with self._lock:
+            limit = self.limit(resident)
+            free = limit - self._loads[resident.model].jobs - another
+            return free >= min(self._reserved, limit - 1)
 
     def limit(self, resident: Resident) -> int:
         """Jobs of a model that are carried at once."""

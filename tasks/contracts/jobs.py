@@ -11,6 +11,8 @@ from inferfleet.tasks.contracts.chat import ChatCompletionRequest
 from inferfleet.tasks.contracts.contract import TIERS, QueueOptions, Timeout, validated
 from inferfleet.tasks.contracts.images import ImageEditRequest, ImageGenerationRequest
 from inferfleet.tasks.contracts.responses import ResponseRequest
+from inferfleet.tasks.contracts.work import work_of
+from inferfleet.tasks.records import Work
 
 Body = ChatCompletionRequest | ResponseRequest | ImageGenerationRequest | ImageEditRequest
 
@@ -79,6 +81,11 @@ class JobRequest(QueueOptions):
             self.webhook_events_filter if self.webhook_events_filter is not None else self.body.webhook_events_filter
         )
         return names.WEBHOOK_ENDS if given is None else tuple(given)
+
+    @property
+    def work(self) -> Work:
+        """How much it asks for."""
+        return work_of(self.body)
 
     @property
     def labels(self) -> dict[str, str] | None:

@@ -47,8 +47,15 @@ local function in_old_queue(job)
   return string.sub(job.place, 4, 4) == ':'
 end
 
+-- In hundredths of a token over the tenant's weight; a job that an older version accepted has none.
 local function cost_of(job)
-  return number(job.cost) or 1
+  return number(job.cost) or 100
+end
+
+-- What waits of a tenant, for its quota. Jobs that an older version accepted are not counted.
+local function count_bytes(job, sign)
+  local bytes = number(job.bytes)
+  if bytes then redis.call('HINCRBY', P .. 'quota:' .. job.tenant, 'bytes', sign * bytes) end
 end
 
 local function class_time(job)
@@ -96,6 +103,7 @@ end
 
 function unqueue(job)
   leave_place(job)
+  count_bytes(job, -1)
   redis.call('ZREM', P .. 'ages:' .. job.model, job.id)
   redis.call('ZREM', P .. 'deadlines', job.id)
 end
@@ -103,6 +111,7 @@ end
 function enqueue(job, event)
   redis.call('HSET', job.key, 'worker', '')
   take_place(job)
+  count_bytes(job, 1)
   redis.call('ZADD', P .. 'ages:' .. job.model, job.created_ms, job.id)
   local at = expiry(job)
   if at then redis.call('ZADD', P .. 'deadlines', whole(at), job.id) end
@@ -123,6 +132,19 @@ end
 
 local function num_waiting(model)
   return redis.call('ZCARD', P .. 'ages:' .. model)
+end
+
+-- How many turns the jobs that wait are worth. Lines of batches count as a few: where they have all the seats that they
+-- may, every turn finds nothing, and who carries one goes on by itself.
+local MAX_LINE_RINGS = 32
+local function num_rings(model)
+  local lines = 0
+  for _, class in ipairs(redis.call('ZRANGE', P .. 'classes:' .. model, 0, -1)) do
+    if string.sub(class, 4) == 'b' then
+      lines = lines + tonumber(redis.call('HGET', P .. 'order:' .. model, 'n:' .. class))
+    end
+  end
+  return num_waiting(model) - math.max(0, lines - MAX_LINE_RINGS)
 end
 
 local function is_paused(model)
@@ -165,7 +187,7 @@ local function num_before(q, tenant, turn, time, before_tie)
 end
 
 -- How many jobs are claimed before this one, if no other comes: exact where a tenant's jobs cost alike. Looks at no
--- more than a thousand other tenants. For a job that waits, or one that is about to.
+-- more than a thousand other tenants. For a job that waits, or that would take its place.
 local function num_ahead(job)
   local q, class = queue_of(job), class_of(job)
   local ahead = 0
@@ -174,7 +196,7 @@ local function num_ahead(job)
   end
   local mine = P .. 'waiting:' .. q .. '\n' .. job.tenant
   local count = redis.call('ZCARD', mine)
-  local rank = job.place and redis.call('ZRANK', mine, job.place) or count
+  local rank = redis.call('ZLEXCOUNT', mine, '-', '(' .. job.place)
   local each = count > 0 and tonumber(redis.call('HGET', P .. 'costs:' .. q, job.tenant)) / count or 0
   local time = turn_of(job) + rank * each
   local others = redis.call('ZRANGEBYSCORE', P .. 'turns:' .. q, '-inf', time, 'WITHSCORES', 'LIMIT', 0, 1000)

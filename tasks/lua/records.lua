@@ -37,7 +37,7 @@ end
 
 local FIELDS = {'state', 'model', 'tenant', 'seq', 'fence', 'place', 'priority', 'deadline_ms', 'start_timeout_ms',
   'created_ms', 'started_ms', 'claimed_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect',
-  'batch', 'cost', 'affinity'}
+  'batch', 'cost', 'affinity', 'bytes'}
 local TERMINAL = {completed = true, failed = true, cancelled = true, expired = true, incomplete = true}
 
 local function number(value)

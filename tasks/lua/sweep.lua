@@ -1,6 +1,6 @@
 -- Expire waiting jobs whose time is over, delete ended jobs after result_ttl_ms and dead letters after dead_ttl_ms, say
--- which models have jobs waiting that may be claimed. At most `limit` of each a call. ARGV: limit, result_ttl_ms, dead_ttl_ms
--- Answers {expired ids, number deleted, {model, waiting, model, waiting, ...}}
+-- for which models somebody should ring. At most `limit` of each a call. ARGV: limit, result_ttl_ms, dead_ttl_ms
+-- Answers {expired ids, number deleted, {model, rings, model, rings, ...}}
 local limit = ARGV[1]
 local expired = redis.call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', whole(NOW), 'LIMIT', 0, limit)
 for _, id in ipairs(expired) do
@@ -20,7 +20,7 @@ for _, model in ipairs(redis.call('SMEMBERS', P .. 'models')) do
   local waiting, paused = num_waiting(model), is_paused(model)
   if waiting > 0 and not paused then
     ring[#ring + 1] = model
-    ring[#ring + 1] = waiting
+    ring[#ring + 1] = num_rings(model)
   elseif waiting == 0 and not paused and redis.call('ZCARD', P .. 'running:' .. model) == 0 then
     redis.call('SREM', P .. 'models', model)
   end

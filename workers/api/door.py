@@ -99,6 +99,7 @@ class Door:
             metadata=request.labels,
             webhook=request.callback,
             webhook_words=request.callback_words,
+            work=request.work,
         )
         if submitted.queued:
             self._ringer.ring(request.body.model)

@@ -89,6 +89,8 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         door = Door(settings, ledger, ringer)
         store = open_async_store(settings, ledger)
         app.state.services = Services(settings, ledger, store, hub, door, metrics, keys_required)
+        limits = {name: values.model_dump(exclude_none=True) for name, values in settings.tenants.items()}
+        await ledger.put_tenants(limits)
         reading = asyncio.create_task(hub.run())
         try:
             yield

@@ -25,6 +25,7 @@ from inferfleet.tasks.errors import (
     IdempotencyKeyReuse,
     JobNotFound,
     QueueFull,
+    QuotaExceeded,
 )
 from inferfleet.tasks.files import Part
 from inferfleet.tasks.ledger import Ledger
@@ -208,7 +209,7 @@ class BatchRun:
             try:
                 line = self._reader.read(number)
                 num_new += self._submit(job_id, model, line)
-            except QueueFull:
+            except (QueueFull, QuotaExceeded):
                 feed.waiting.appendleft(number)
                 feed.pause_until = now + FULL_SECONDS
             except FleetError as error:
@@ -221,7 +222,7 @@ class BatchRun:
             self.tools.doorbell.ring(model, num_new)
 
     def _submit(self, job_id: str, model: str, line: Prepared) -> bool:
-        """Whether the job is new and waits. Raises QueueFull."""
+        """Whether the job is new and waits. Raises QueueFull, QuotaExceeded."""
         job, envelope = line.job, line.job.envelope()
         submit = partial(
             self.tools.ledger.submit,
@@ -239,6 +240,7 @@ class BatchRun:
             endpoint=job.url,
             metadata=(job.labels or {}) | {"batch_id": self.batch.id},
             batch_id=self.batch.id,
+            work=job.work,
         )
         try:
             return self.patiently(submit).queued

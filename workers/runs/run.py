@@ -124,7 +124,7 @@ class Runs:
             try:
                 submitted = until_answered(lambda: self._submit_once(job_id, envelope, job, terms), self.closing)
                 break
-            except errors.QueueFull as full:
+            except (errors.QueueFull, errors.QuotaExceeded) as full:
                 # Somebody waits for the answer anyway: wait for room rather than fail a whole chord.
                 left = until - time.monotonic()
                 if left <= 0:
@@ -151,6 +151,7 @@ class Runs:
             metadata=job.labels,
             webhook=job.callback,
             webhook_words=job.callback_words,
+            work=job.work,
         )
 
     def _wait(self, job_id: str, until: float) -> JobRecord | None:
