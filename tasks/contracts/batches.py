@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from inferfleet.tasks import names
 from inferfleet.tasks.contracts.contract import (
+    NO_TWINS,
     TIERS,
     Contract,
     Metadata,
@@ -34,7 +35,8 @@ S3_SCHEME = "s3://"
 #: For the document alone: the parsers say better what is wrong, and more.
 S3_SHAPE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)"
 BatchWords = Annotated[
-    list[Literal["completed", "failed", "expired", "cancelled"]], Field(min_length=1, max_length=len(names.BATCH_ENDS))
+    list[Literal["completed", "failed", "expired", "cancelled"]],
+    Field(min_length=1, max_length=len(names.BATCH_ENDS), json_schema_extra=NO_TWINS),
 ]
 CustomId = Annotated[str, Field(min_length=1, max_length=512)]
 

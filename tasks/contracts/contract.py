@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from inferfleet.tasks import names, strict_json
@@ -32,7 +33,11 @@ Priority = Annotated[int, Field(ge=-100, le=100, description="lower runs first")
 Timeout = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)]
 Tier = Literal["auto", "default", "flex", "priority"]
 WebhookWord = Literal["completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output"]
-WebhookWords = Annotated[list[WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS))]
+#: For the document: `named_once` refuses them.
+NO_TWINS: JsonDict = {"uniqueItems": True}
+WebhookWords = Annotated[
+    list[WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS), json_schema_extra=NO_TWINS)
+]
 User = Annotated[str, Field(max_length=512)]
 #: Taken for the sake of clients that send it.
 Ignored = Annotated[str, Field(max_length=512)]

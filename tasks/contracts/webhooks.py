@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from inferfleet.tasks import names
-from inferfleet.tasks.contracts.contract import Contract, is_a_url, named_once
+from inferfleet.tasks.contracts.contract import NO_TWINS, Contract, is_a_url, named_once
 from inferfleet.tasks.hook_url import MAX_URL_CHARS
 
 Url = Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARS)]
@@ -15,7 +15,9 @@ EventType = Literal[
     "job.output", "response.completed", "response.failed", "response.cancelled", "response.incomplete",
     "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
 ]  # fmt: skip
-EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(names.WEBHOOK_EVENTS))]
+EventTypes = Annotated[
+    list[EventType], Field(min_length=1, max_length=len(names.WEBHOOK_EVENTS), json_schema_extra=NO_TWINS)
+]
 
 
 class EndpointUpdate(Contract):

@@ -11,7 +11,7 @@ from inferfleet.tasks import batches, names, strict_json, webhooks
 from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation, validated
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID, C
-from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, InvalidRequest, NoWebhookWorker, ReceiverFailed
+from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, NoWebhookWorker, ReceiverFailed
 from inferfleet.tasks.webhooks import Delivery, Endpoint
 from inferfleet.workers.api import openapi_webhooks as docs
 from inferfleet.workers.api.auth import Tenant
@@ -166,7 +166,7 @@ async def list_deliveries(
         if given is not None:
             check(given)
     if job_id is not None and batch_id is not None:
-        raise InvalidRequest("a delivery tells of a job or of a batch: ask for one of them", param="batch_id")
+        return _page([], has_more=False)  # no event tells of both
     subject = job_id or batch_id
     found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, subject, status, after, limit)
     return _page([_delivery(delivery) for delivery in found], more)
