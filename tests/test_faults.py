@@ -167,7 +167,8 @@ def test_a_full_disk_is_a_503_and_loses_nothing_once_there_is_room(disk, redis_b
         answer = until(lambda: refuses(http))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
         assert int(answer.headers["retry-after"]) >= 1
-        assert http.get(f"/v1/jobs/{accepted[0]}").status_code == 200
+        shown = http.get(f"/v1/jobs/{accepted[0]}")
+        assert shown.status_code == 200, shown.text
         # and when there is room again
         (tmp_path / "full").unlink()
         until(lambda: not refuses(http))
