@@ -65,13 +65,16 @@ def still_well(fleet: Fleet, pid: int) -> None:
 
 
 def test_the_api_keeps_to_its_document(guarded, fleet, tmp_path):
-    # These bodies have the fields of the chat and image bodies, in their hundreds of cases; the long run has them too.
-    alike = ("POST /v1/images/edits", "PUT /v1/jobs/{job_id}", "POST /v1/responses", "POST /v1/images/generations")
+    # Their bodies have the fields of the chat body and hundreds of cases each; the long run has them too.
+    alike = (
+        "POST /v1/responses", "POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/jobs",
+        "PUT /v1/jobs/{job_id}",
+    )  # fmt: skip
     flags = [part for name in alike for part in ("--exclude-name", name)]
 
     cases = examine(guarded, fleet, tmp_path, "--seed", "1", "--phases", "coverage", *flags)
 
-    assert cases > 2000
+    assert cases > 1500
     still_well(fleet, fleet.workers[0].pid)
 
 
