@@ -23,6 +23,8 @@ def loads(raw: bytes) -> Any:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidJSON(f"the body must be UTF-8; byte {error.start} is not") from None
+    if not text.strip():
+        raise InvalidJSON("the body is empty")
     if text.startswith("\ufeff"):
         raise InvalidJSON("the body must not begin with a byte order mark")
     try:
@@ -88,9 +90,9 @@ def _check(root: Any) -> None:
 
 def _check_string(value: str, path: tuple[str | int, ...]) -> None:
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in _suspects(value)):
-        raise InvalidJSON("a string holds half of a surrogate pair", param=dotted(path))
+        raise InvalidJSON(f"{dotted(path) or 'the body'} holds half of a surrogate pair", param=dotted(path))
     if "\0" in value:
-        raise InvalidRequest("a string holds the NUL character", param=dotted(path))
+        raise InvalidRequest(f"{dotted(path) or 'the body'} holds the NUL character", param=dotted(path))
 
 
 def _suspects(value: str) -> str:

@@ -38,6 +38,11 @@ def answer(seed, length, index=0):
     return "".join(text_of(token(seed, index, position)) for position in range(length))
 
 
+def words_of(message):
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
 def options_of(words):
     pairs = (word.partition("=") for word in words.split())
     return {name: value for name, _, value in pairs}
@@ -53,8 +58,8 @@ class Answer:
         self.sampling = message["sampling"]
         slice_name = message.get("matformer_slice")
         self.seed = f"{slice_name}:{self.sampling['seed']}" if slice_name else self.sampling["seed"]
-        self.options = options_of(message["messages"][-1]["content"])
-        self.num_prompt_tokens = sum(len(m["content"].split()) for m in message["messages"])
+        self.options = options_of(words_of(message["messages"][-1]))
+        self.num_prompt_tokens = sum(len(words_of(said).split()) for said in message["messages"])
         self.length = min(int(self.options.get("tokens", 8)), self.sampling.get("max_tokens", MAX_MODEL_LEN))
         resume = message["resume"]
         self.said = [len(resume.get(str(i), {}).get("token_ids", [])) for i in range(self.sampling.get("n", 1))]

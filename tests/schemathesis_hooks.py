@@ -1,8 +1,10 @@
-"""What schemathesis has to be told of this fleet: the names of the models that it serves. Loaded by its command."""
+"""What schemathesis has to be told of this fleet: its models, and what time it is. Loaded by its command."""
 
 import schemathesis
 
 TEXT, IMAGE = "paper", "painter"
+#: Unix seconds, in the year 2096.
+LATER = 4_000_000_000
 
 
 @schemathesis.hook
@@ -12,4 +14,6 @@ def map_body(context, body):
         for values in (body, body.get("body")):
             if isinstance(values, dict) and isinstance(values.get("model"), str) and 0 < len(values["model"]) <= 256:
                 values["model"] = IMAGE if "prompt" in values else TEXT
+            if isinstance(values, dict) and type(values.get("deadline")) in (int, float) and values["deadline"] >= 0:
+                values["deadline"] = max(values["deadline"], LATER)  # one that is over makes a rightful 504
     return body

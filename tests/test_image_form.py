@@ -185,7 +185,7 @@ def test_an_image_may_be_named_as_a_list_of_one():
         ([("metadata", "x")], "metadata", "JSON"),
         ([("metadata[a]", "1"), ("metadata[a]", "2")], "metadata", "one object"),
         ([("loras", "[")], "loras", "JSON"),
-        ([("loras[]", "a")], "loras.0", "Lora"),
+        ([("loras[]", "a")], "loras.0", "object"),
         ([("loras[][name]", "a"), ("loras[][name]", "b"), ("loras[][scale]", "1")], "loras", "JSON"),
         ([("loras[0][name]", "a"), ("loras[0][name]", "b")], "loras", "twice"),
         ([("loras[0][scale]", "x")], "loras.scale", "a number"),

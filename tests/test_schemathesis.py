@@ -57,11 +57,34 @@ def examine(api: LiveApi, fleet: Fleet, folder: Path, *flags: str) -> int:
     return int(counted[1])
 
 
+def still_well(fleet: Fleet, pid: int) -> None:
+    (worker,) = fleet.workers
+    assert worker.alive and worker.pid == pid
+    assert len(worker.lines("engine_ready")) == 2
+    assert fleet.wait(fleet.submit("still there?", model=TEXT)).state == "completed"
+
+
 def test_the_api_keeps_to_its_document(guarded, fleet, tmp_path):
-    worker = fleet.workers[0].pid
+    # Their bodies have the fields of the chat body and hundreds of cases each; the long run has them too.
+    alike = (
+        "POST /v1/responses", "POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/jobs",
+        "PUT /v1/jobs/{job_id}",
+    )  # fmt: skip
+    flags = [part for name in alike for part in ("--exclude-name", name)]
 
-    cases = examine(guarded, fleet, tmp_path, "--seed", "1", "--max-examples", "2", "--phases", "coverage")
+    cases = examine(guarded, fleet, tmp_path, "--seed", "1", "--phases", "coverage", *flags)
 
-    assert cases > 3000
-    assert fleet.workers[0].alive and fleet.workers[0].pid == worker
-    assert fleet.state(fleet.submit("still there?", model=TEXT))
+    assert cases > 1500
+    still_well(fleet, fleet.workers[0].pid)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_api_keeps_to_its_document_along_its_links_and_in_random_cases(guarded, fleet, tmp_path, seed):
+    flags = ("--seed", str(seed), "--max-examples", "20", "--phases", "coverage,fuzzing,stateful", "--max-time", "400")
+    cases = examine(guarded, fleet, tmp_path, *flags)
+
+    print(f"schemathesis, seed {seed}: {cases} cases")
+    assert cases > 8000
+    still_well(fleet, fleet.workers[0].pid)

@@ -59,7 +59,7 @@ def paint(data: bytes, width: int, height: int) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever the bytes make them stumble over
-        raise Refused(f"it cannot be decoded: {type(error).__name__}") from error
+        raise Refused("it is damaged and cannot be decoded") from error
     return encoded(covered(flattened(upright), width, height))
 
 

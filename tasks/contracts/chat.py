@@ -63,9 +63,7 @@ def form(value: Any) -> str | None:
     return "<list>" if isinstance(value, list) else None
 
 
-EITHER = Discriminator(
-    form, custom_error_type="either", custom_error_message="Input should be a valid string or a valid list"
-)
+EITHER = Discriminator(form, custom_error_type="either", custom_error_message="must be a string or a list")
 
 
 class TextPart(Contract):

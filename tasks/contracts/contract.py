@@ -13,6 +13,7 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from inferfleet.tasks import names, strict_json
+from inferfleet.tasks.contracts.complaints import worded
 from inferfleet.tasks.errors import InvalidRequest, UnsupportedFeature
 from inferfleet.tasks.hook_url import MAX_URL_CHARS, BadUrl, parse_url
 
@@ -132,7 +133,6 @@ def described(error: ValidationError) -> InvalidRequest:
     param = strict_json.dotted(tuple(part for part in path if part != "[key]"))
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field {param}", param=param)
-    said = "Input should be an object" if first["type"] in ("model_type", "dict_type") else first["msg"]
-    message = said if first["type"] in ("refused", "unsupported") else f"{param or 'body'}: {said}"
+    message = first["msg"] if first["type"] in ("refused", "unsupported") else worded(first, param or "the body")
     kind = UnsupportedFeature if first["type"] == "unsupported" else InvalidRequest
     return kind(message, param=param)

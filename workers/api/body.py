@@ -84,7 +84,7 @@ async def _in_time(request: Request) -> AsyncIterator[bytes]:
 
 
 def _too_large(limit: int) -> str:
-    return f"the request body is larger than the limit of {limit} bytes (max_body_bytes; of an edit max_edit_bytes)"
+    return f"the request body is larger than this route's limit of {limit} bytes"
 
 
 async def _linger(request: Request, limit: int) -> None:

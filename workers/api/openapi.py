@@ -139,7 +139,8 @@ class JobUpdate(Contract):
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
-                {"required": [name], "properties": {name: {"type": "number"}}} for name in ("priority", "deadline")
+                {"required": ["priority"], "properties": {"priority": {"type": "integer"}}},
+                {"required": ["deadline"], "properties": {"deadline": {"type": "number"}}},
             ]
         }
     )
@@ -209,6 +210,18 @@ def answer(text: str, model: type[BaseModel] | None = None, media: str = "applic
     return {"description": text, "content": {media: {"schema": ref(model) if model else {"type": "string"}}}}
 
 
+#: One event of a stream, as a reader of it sees them.
+EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "the sequence_number, where the stream can be taken up again"},
+        "event": {"type": "string", "description": "the type, where the stream names types"},
+        "data": {"type": "string", "description": "JSON, or [DONE] at the end of a chat"},
+    },
+    "required": ["data"],
+}
+
+
 def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     """Those of one route: its own, the errors that it names, and those that any route may give."""
     texts = {
@@ -250,7 +263,7 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
             "description": "the completion; with `stream` its chunks as server-sent events, ended by `[DONE]`",
             "content": {
                 "application/json": {"schema": ref(ChatCompletion)},
-                "text/event-stream": {"schema": {"type": "string"}},
+                "text/event-stream": {"schema": EVENT},
             },
         },
         "202": _ACCEPTED,
@@ -261,7 +274,7 @@ _STREAMED = {
     "description": "the response; with `stream` its events as server-sent events with `sequence_number`",
     "content": {
         "application/json": {"schema": ref(ResponseAnswer)},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": EVENT},
     },
 }
 CREATE_RESPONSE = body(ResponseRequest) | {"parameters": [KEY]} | answers(
@@ -303,14 +316,19 @@ RESULT = answers(
     {
         "200": {
             "description": "the answer alone",
-            "content": {"application/json": {"schema": {"oneOf": [ref(ChatCompletion), ref(ImagesAnswer)]}}},
+            "content": {
+                "application/json": {"schema": {"anyOf": [ref(ChatCompletion), ref(ResponseAnswer), ref(ImagesAnswer)]}}
+            },
         }
     },
     404, 409, 500, 504,
 )  # fmt: skip
 EVENTS = answers(
     {
-        "200": answer("server-sent events with `sequence_number`", media="text/event-stream"),
+        "200": {
+            "description": "server-sent events with `sequence_number`",
+            "content": {"text/event-stream": {"schema": EVENT}},
+        },
         "204": {"description": "the job has ended and has no later events: do not connect again"},
     },
     404, 422,

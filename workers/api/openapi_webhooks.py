@@ -3,7 +3,7 @@
 from pydantic import BaseModel
 
 from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
-from inferfleet.workers.api.openapi import BODY_ERRORS, answer, answers, body
+from inferfleet.workers.api.openapi import BODY_ERRORS, answer, answers, body, ref
 
 
 class WebhookEndpoint(BaseModel):
@@ -24,6 +24,14 @@ class WebhookEndpoint(BaseModel):
     disabled_reason: str | None
     failures: int
     failing_since: int | None
+
+
+class DefaultSecret(BaseModel):
+    """The secret that signs for URLs which jobs bring along."""
+
+    id: str
+    object: str
+    signing_secret: str
 
 
 class WebhookEndpointList(BaseModel):
@@ -83,7 +91,7 @@ class WebhookDeliveryList(BaseModel):
 
 
 MODELS: tuple[type[BaseModel], ...] = (
-    EndpointCreate, EndpointUpdate, SecretRotation, EndpointTest, WebhookEndpoint, WebhookEndpointList,
+    EndpointCreate, EndpointUpdate, SecretRotation, EndpointTest, WebhookEndpoint, DefaultSecret, WebhookEndpointList,
     WebhookTestResult, WebhookEventTypes, WebhookDelivery, WebhookDeliveryList,
 )  # fmt: skip
 
@@ -96,7 +104,14 @@ GET = answers(_ENDPOINT, 404)
 UPDATE = body(EndpointUpdate) | answers(_ENDPOINT, *BODY_ERRORS, 404)
 DELETE = answers({"200": {"description": "gone"}}, 404)
 ROTATE = body(SecretRotation) | answers(
-    {"200": answer("the endpoint with its new signing secret", WebhookEndpoint)}, *BODY_ERRORS, 404
+    {
+        "200": {
+            "description": "the endpoint with its new signing secret; of `default` the secret alone",
+            "content": {"application/json": {"schema": {"anyOf": [ref(WebhookEndpoint), ref(DefaultSecret)]}}},
+        }
+    },
+    *BODY_ERRORS,
+    404,
 )
 TEST = body(EndpointTest) | answers(
     {"200": answer("what the receiver answered", WebhookTestResult)}, *BODY_ERRORS, 404, 502

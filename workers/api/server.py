@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from inferfleet.tasks.contracts.complaints import worded
 from inferfleet.tasks.errors import FleetError, InvalidRequest, MethodNotAllowed, NotFound, SetupError
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
@@ -234,7 +235,7 @@ async def _on_query_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    return error_response(InvalidRequest(f"{name}: {first['msg']}", param=name))
+    return error_response(InvalidRequest(worded(first, name), param=name))
 
 
 async def _docs(request: Request) -> HTMLResponse:
