@@ -302,6 +302,9 @@ def test_a_files_content_is_printed_as_it_is(run, work, tmp_path, monkeypatch):
         (("batch", "show", "batch_" + "0" * 32), 4, ["batch_not_found", "batch list"]),
         (("batch", "cancel", "x/../../models"), 4, ["batch_not_found"]),
         (("batch", "results", "..", "--follow"), 4, ["batch_not_found"]),
+        (("batch", "create", "s3://bucket/in.jsonl"), 2, ["--endpoint"]),
+        (("batch", "create", "s3://bucket/in.jsonl", "--endpoint", "/v1/responses"), 1, ["input_file_id"]),
+        (("batch", "create", "work.jsonl", "--webhook", "http://10.0.0.1/"), 1, ["webhook"]),
         (("batch", "create", "absent.jsonl"), 2, ["there is no file"]),
         (
             ("batch", "create", "file-" + "0" * 32, "--endpoint", "/v1/chat/completions"),

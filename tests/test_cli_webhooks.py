@@ -7,6 +7,7 @@ import pytest
 from fleet import until
 from hook_worker import hook_worker
 from live_api import running_api
+from live_batches import jsonl, line, running_batches
 from receivers import Receiver
 
 CHAT = {"model": "paper", "messages": [{"role": "user", "content": "say hello"}]}
@@ -76,11 +77,24 @@ def test_deliveries_are_listed_shown_and_sent_again(run, http, receiver, endpoin
     until(lambda: run("deliveries", "list", "--job", job, "--status", "delivered", "--json").json["data"])
 
     listed = run("deliveries", "list", "--endpoint", endpoint["id"]).out
-    delivery = re.search(rf"(whd_\w+)\s+delivered\s+1\s+200\s+\w+\s+job.completed\s+{job}\s+{receiver.url}", listed)[1]
+    delivery = re.search(rf"(whd_\w+)\s+delivered\s+1\s+200\s+\w+\s+job.completed\s+{job}\s+{endpoint['id']}", listed)[
+        1
+    ]
     assert re.search(rf"webhook_endpoint_id\s+{endpoint['id']}", run("deliveries", "show", delivery).out)
     assert run("deliveries", "replay", delivery).out == f"{delivery} pending\n"
     until(lambda: len(receiver.requests) == 2)
     assert len({request.headers["webhook-id"] for request in receiver.requests}) == 1
+
+
+def test_the_end_of_a_batch_is_told_to_whom_its_command_names(run, api, receiver, endpoint, tmp_path):
+    (tmp_path / "work.jsonl").write_bytes(jsonl([line("a"), line("b")]))
+    with running_batches(api.settings, api.worker.ring):
+        ran = run("batch", "run", "work.jsonl", "--webhook", endpoint["id"], "--json")
+    until(lambda: receiver.requests)
+
+    event = unwrapped(receiver.requests[0], endpoint["signing_secret"])
+    assert (event.type, event.data.id, ran.code) == ("batch.completed", ran.json["id"], 0)
+    assert re.search(rf"batch.completed\s+{event.data.id}", run("deliveries", "list", "--batch", event.data.id).out)
 
 
 @pytest.mark.parametrize(

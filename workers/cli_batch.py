@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from inferfleet.tasks.contracts.batches import S3_SCHEME
 from inferfleet.tasks.errors import Unavailable
 from inferfleet.tasks.files import FILE_ID
 from inferfleet.workers.cli_batch_run import (
@@ -26,7 +27,15 @@ from inferfleet.workers.cli_batch_run import (
 )
 from inferfleet.workers.cli_files import LocalFile, send_file
 from inferfleet.workers.cli_http import ApiClient
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_batches, key_values
+from inferfleet.workers.cli_options import (
+    ApiKey,
+    ApiUrl,
+    Json,
+    api_client,
+    complete_batches,
+    complete_endpoints,
+    key_values,
+)
 from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page
 
 app = typer.Typer(no_args_is_help=True, help="Run files of requests, and look at what became of them.")
@@ -35,31 +44,44 @@ BatchId = Annotated[str, typer.Argument(metavar="ID", help="A batch's id (batch_
 Endpoint = Annotated[str | None, typer.Option(help="What its lines ask for; default the url of the first line.")]
 Window = Annotated[str, typer.Option(help="What has not ended after this expires: 90m, 24h, 7d.")]
 Pairs = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the batch; repeatable.")]
+Webhook = Annotated[
+    str | None,
+    typer.Option(help="An https URL or an endpoint's id that is told of the end.", autocompletion=complete_endpoints),
+]
 Priority = Annotated[int | None, typer.Option(min=-100, max=100, help="Among batches; lower runs first.")]
 
 
 @app.command()
 def create(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="Lines of requests (JSONL), or the id of an upload.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="Lines of requests (JSONL): a file, the id of an upload, or s3://bucket/key."
+        ),
+    ],
     endpoint: Endpoint = None,
     window: Window = "24h",
     metadata: Pairs = None,
     priority: Priority = None,
+    webhook: Webhook = None,
+    output_url_prefix: Annotated[
+        str | None, typer.Option(metavar="S3_URL", help="Write the output there too: s3://bucket/prefix/.")
+    ] = None,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """Upload a file and start its batch; print the batch's id."""
-    path, uploaded = Path(source), bool(FILE_ID.fullmatch(source))
-    if not uploaded and not path.is_file():
+    path, there = Path(source), bool(FILE_ID.fullmatch(source)) or source.startswith(S3_SCHEME)
+    if not there and not path.is_file():
         raise typer.BadParameter(f"there is no file {source}", param_hint="FILE")
-    if uploaded and endpoint is None:
+    if there and endpoint is None:
         raise typer.BadParameter(
-            "of a file that is uploaded already, say what its lines ask for", param_hint="--endpoint"
+            "what lies there already is not read here: say what its lines ask for", param_hint="--endpoint"
         )
-    wanted = Wanted(endpoint or endpoint_of(path), window, key_values(metadata), priority)
+    wanted = Wanted(endpoint or endpoint_of(path), window, key_values(metadata), priority, webhook, output_url_prefix)
     with api_client(api_url, api_key) as client:
-        file_id = source if uploaded else send_file(client, path)["id"]
+        file_id = source if there else send_file(client, path)["id"]
         batch = client.request("POST", "/v1/batches", body=wanted.body(file_id))
     print_json(batch) if json else out.print(batch["id"], markup=False)
 
@@ -77,6 +99,7 @@ def run(
     window: Window = "24h",
     metadata: Pairs = None,
     priority: Priority = None,
+    webhook: Webhook = None,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
@@ -88,7 +111,7 @@ def run(
     answers = output or source.with_name(f"{source.stem}.output.jsonl")
     place = Place(answers, errors or answers.with_name(f"{answers.stem.removesuffix('.output')}.errors.jsonl"))
     place.check(source)
-    wanted = Wanted(endpoint or endpoint_of(source), window, key_values(metadata), priority)
+    wanted = Wanted(endpoint or endpoint_of(source), window, key_values(metadata), priority, webhook)
     with api_client(api_url, api_key) as client:
         batch = run_file(client, source, place, wanted)
     print_json(batch) if json else print_end(batch, place)
@@ -223,8 +246,10 @@ def _print_batch(batch: dict[str, Any]) -> None:
     facts.append(("tokens", f"{usage['input_tokens']} read, {usage['output_tokens']} written"))
     names = ("input_file_id", "output_file_id", "error_file_id")
     facts += [(name.removesuffix("_id").replace("_", " "), batch[name]) for name in names if batch[name]]
+    ours = batch["x_fleet"]
+    facts += [(name.replace("_", " "), ours[name]) for name in ("input_url", "output_url", "error_url") if ours[name]]
     facts += [(f"metadata {key}", value) for key, value in (batch["metadata"] or {}).items()]
-    if parent := batch["x_fleet"]["retry_of"]:
+    if parent := ours["retry_of"]:
         facts.append(("retry of", parent))
     print_facts(facts)
     print_refusals(batch)

@@ -47,6 +47,8 @@ class Wanted:
     completion_window: str
     metadata: dict[str, str]
     priority: int | None
+    webhook: str | None
+    output_url_prefix: str | None = None
 
     def body(self, file_id: str) -> dict[str, Any]:
         given = {name: value for name, value in asdict(self).items() if value not in (None, {})}

@@ -6,7 +6,15 @@ import typer
 
 from inferfleet.tasks.errors import DeliveryNotFound
 from inferfleet.workers.cli_http import path_to
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_endpoints, complete_jobs
+from inferfleet.workers.cli_options import (
+    ApiKey,
+    ApiUrl,
+    Json,
+    api_client,
+    complete_batches,
+    complete_endpoints,
+    complete_jobs,
+)
 from inferfleet.workers.cli_output import age, out, print_facts, print_json, print_page
 
 app = typer.Typer(no_args_is_help=True, help="What became of webhooks.")
@@ -20,6 +28,7 @@ def list_deliveries(
         str | None, typer.Option(help="Only to this endpoint.", autocompletion=complete_endpoints)
     ] = None,
     job: Annotated[str | None, typer.Option(help="Only of this job.", autocompletion=complete_jobs)] = None,
+    batch: Annotated[str | None, typer.Option(help="Only of this batch.", autocompletion=complete_batches)] = None,
     status: Annotated[str | None, typer.Option(help="Only pending, delivered or failed ones.")] = None,
     after: Annotated[str | None, typer.Option(help="Start behind this delivery id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
@@ -28,11 +37,11 @@ def list_deliveries(
     api_key: ApiKey = None,
 ) -> None:
     """List deliveries, newest first."""
-    given = {"webhook_endpoint_id": endpoint, "job_id": job, "status": status, "after": after}
+    given = {"webhook_endpoint_id": endpoint, "job_id": job, "batch_id": batch, "status": status, "after": after}
     params = {"limit": str(limit)} | {name: value for name, value in given.items() if value}
     with api_client(api_url, api_key) as client:
         page = client.request("GET", "/v1/webhook_deliveries", params=params)
-    print_page(page, ("ID", "STATUS", "TRIES", "ANSWER", "AGE", "EVENT", "OF", "URL"), _row, json=json)
+    print_page(page, ("ID", "STATUS", "TRIES", "ANSWER", "AGE", "EVENT", "OF", "TO"), _row, json=json)
 
 
 @app.command()
@@ -62,14 +71,6 @@ def delivery_route(delivery_id: str) -> str:
 
 def _row(found: dict[str, Any]) -> tuple[str, ...]:
     answer = str(found["last_status_code"] or found["last_error"] or "-")
+    about, where = found["job_id"] or found["batch_id"] or "-", found["url"] or found["webhook_endpoint_id"] or "-"
     tries, since = str(found["attempts"]), age(found["created_at"])
-    return (
-        found["id"],
-        found["status"],
-        tries,
-        answer,
-        since,
-        found["event_type"],
-        found["job_id"] or "-",
-        found["url"],
-    )
+    return (found["id"], found["status"], tries, answer, since, found["event_type"], about, where)

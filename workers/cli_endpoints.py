@@ -12,8 +12,8 @@ from inferfleet.workers.cli_output import age, err, out, print_facts, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Where webhooks go. Who sends them is `inferfleet webhooks`.")
 
-#: What a new endpoint is told: every end of a job.
-ENDS = [f"job.{word}" for word in WEBHOOK_ENDS]
+#: What a new endpoint is told: every end of a job, of a response and of a batch.
+ENDS = [event for event in WEBHOOK_EVENTS if event.partition(".")[2] in WEBHOOK_ENDS]
 
 
 def complete_events(incomplete: str) -> list[str]:
@@ -39,7 +39,7 @@ def create(
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Make an endpoint, told of the end of every job unless --event says what else. Its secret is shown this once."""
+    """Make an endpoint, told of every end unless --event says of what else. Its secret is shown this once."""
     body = {"name": name, "url": url, "event_types": event or ENDS}
     with api_client(api_url, api_key) as client:
         made = client.request("POST", "/v1/webhook_endpoints", body=body)
