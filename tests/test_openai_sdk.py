@@ -11,13 +11,14 @@ from chaosproxy import ChaosProxy
 from fleet import until
 from live_batches import jsonl, line, read_lines, wait_for_end
 from live_up import Up, running_up
+from openai.types import webhooks as events
 from receivers import Receiver
 
 from inferfleet.tasks.picture_header import read_header
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 CIRCLE = {"model": "demo-image", "prompt": "a red circle on a blue background", "size": "128x128"}
-CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
+CHAT, IMAGES, RESPONSES = "/v1/chat/completions", "/v1/images/generations", "/v1/responses"
 #: Written on past its end, so that something can happen meanwhile.
 LONG = {"model": "demo", "input": "Spell the word queue.", "max_output_tokens": 3000}
 ON = {"ignore_eos": True}
@@ -221,6 +222,16 @@ def test_a_batch_of_pictures_holds_urls_that_lead_to_them(client):
         assert (size_of(fetched(picture["url"])), picture["seed"]) == (("image/png", 128, 128), int(entry["custom_id"]))
 
 
+def test_a_batch_of_responses_holds_what_the_responses_route_answers(client):
+    body = {"model": "demo", "input": "What is 17 + 25?", "temperature": 0}
+    lines = [{"custom_id": f"{number}", "method": "POST", "url": RESPONSES, "body": body} for number in range(3)]
+    batch = wait_for_end(client, start(client, lines, RESPONSES).id)
+
+    assert (batch.status, batch.request_counts.completed) == ("completed", 3)
+    answers = [entry["response"]["body"] for entry in read_lines(client, batch.output_file_id)]
+    assert [openai.types.responses.Response.model_validate(answer).output_text for answer in answers] == ["42"] * 3
+
+
 def test_batches_are_listed_page_by_page(client):
     made = [start(client, [question("1", 2, number)]).id for number in range(3)]
 
@@ -339,6 +350,29 @@ def test_a_call_names_a_webhook_of_its_own(client, up):
     (output,) = event.data.outputs
     assert event.type == "job.completed"
     assert size_of(fetched(f"{up.url}/v1/outputs/{output['id']}")) == ("image/png", 128, 128)
+
+
+def test_the_ends_of_batches_and_responses_are_events_of_the_sdks_own_classes(client):
+    with Receiver(200) as receiver:
+        types = ["batch.completed", "batch.failed", "response.completed", "response.cancelled"]
+        made = client.webhooks.create(name="ends", url=receiver.url, event_types=types)
+        good = start(client, [question("1", 2, 3)])
+        bad = start(client, [question("1", 2, 3), question("1", 4, 5)])
+        done = client.responses.create(model="demo", input="What is 17 + 25?", background=True)
+        stopped = client.responses.create(**LONG, background=True, extra_body=ON)
+        client.responses.cancel(stopped.id)
+        until(lambda: len(receiver.requests) == 4)
+        told = [
+            client.webhooks.unwrap(each.body, each.headers, secret=made.signing_secret) for each in receiver.requests
+        ]
+    client.webhooks.delete(made.id)
+
+    assert {(type(event), event.type, event.data.id) for event in told} == {
+        (events.BatchCompletedWebhookEvent, "batch.completed", good.id),
+        (events.BatchFailedWebhookEvent, "batch.failed", bad.id),
+        (events.ResponseCompletedWebhookEvent, "response.completed", done.id),
+        (events.ResponseCancelledWebhookEvent, "response.cancelled", stopped.id),
+    }
 
 
 # Errors and retries --------------------------------------------------------------------------------------------------

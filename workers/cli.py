@@ -10,7 +10,17 @@ import typer
 
 from inferfleet.tasks.errors import FleetError, SettingsError, SetupError
 from inferfleet.tasks.settings import load_settings
-from inferfleet.workers import cli_dead_letters, cli_jobs, cli_keys, cli_models, cli_queue
+from inferfleet.workers import (
+    cli_batch,
+    cli_dead_letters,
+    cli_deliveries,
+    cli_endpoints,
+    cli_files,
+    cli_jobs,
+    cli_keys,
+    cli_models,
+    cli_queue,
+)
 from inferfleet.workers.cli_chat import chat
 from inferfleet.workers.cli_health import health
 from inferfleet.workers.cli_image import image
@@ -23,6 +33,8 @@ from inferfleet.workers.cli_quantize import quantize
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "ops" / "demo_model"
 DEMO_IMAGE_MODEL = DEMO_MODEL.with_name("demo_image")
 EXIT_INTERRUPTED = 130
+#: The commands that run for as long as a fleet does stand together in the help.
+FLEET = "A fleet's processes"
 #: After the grace a worker still has to hand its jobs back.
 HAND_BACK_SECONDS = 10.0
 #: What the bare install leaves out -> the extra that brings it.
@@ -56,7 +68,11 @@ app.command()(health)
 app.command()(image)
 app.command()(login)
 app.command()(quantize)
+app.add_typer(cli_batch.app, name="batch")
 app.add_typer(cli_dead_letters.app, name="dead-letters")
+app.add_typer(cli_deliveries.app, name="deliveries")
+app.add_typer(cli_endpoints.app, name="endpoints")
+app.add_typer(cli_files.app, name="files")
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_models.app, name="models")
@@ -77,7 +93,7 @@ Host = Annotated[str | None, typer.Option("--host", help="Address to listen on (
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on (api_port).")]
 
 
-@app.command()
+@app.command(rich_help_panel=FLEET)
 def up(
     model: Models = None,
     demo: Annotated[
@@ -111,7 +127,7 @@ def up(
     run_up(plan, JsonReport() if json else TextReport())
 
 
-@app.command()
+@app.command(rich_help_panel=FLEET)
 def api(model: Models = None, host: Host = None, port: Port = None) -> None:
     """Run the HTTP API. Needs no GPU and no model; --model lets it count prompts at the door."""
     from inferfleet.tasks.doorbell import Doorbell
@@ -123,7 +139,7 @@ def api(model: Models = None, host: Host = None, port: Port = None) -> None:
     serve(settings, Doorbell(settings.redis_url, settings.namespace).ring)
 
 
-@app.command()
+@app.command(rich_help_panel=FLEET)
 def worker(model: Models = None) -> None:
     """Carry jobs: load the models, take turns from the queue until a signal."""
     from inferfleet.workers.worker import run_worker
@@ -132,7 +148,7 @@ def worker(model: Models = None) -> None:
     raise typer.Exit(run_worker(settings))
 
 
-@app.command()
+@app.command(rich_help_panel=FLEET)
 def batches() -> None:
     """Run batches of /v1/batches: hand their lines to the queue, write their files. Needs no GPU and no model."""
     from inferfleet.workers import logs
@@ -143,7 +159,7 @@ def batches() -> None:
     run_batches(settings)
 
 
-@app.command()
+@app.command(rich_help_panel=FLEET)
 def webhooks() -> None:
     """Send webhooks: what becomes of jobs, to whoever asked to be told. Needs no model and no GPU."""
     from inferfleet.workers.webhooks.process import run_webhooks

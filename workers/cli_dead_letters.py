@@ -7,7 +7,7 @@ import typer
 
 from inferfleet.workers.cli_jobs import JobId, path_of, print_job
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_models
-from inferfleet.workers.cli_output import age, out, print_json, print_table
+from inferfleet.workers.cli_output import age, out, print_json, print_page, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every worker that tried them.")
 
@@ -25,13 +25,12 @@ def list_dead_letters(
     params = {"limit": str(limit)} | {name: value for name, value in (("model", model), ("after", after)) if value}
     with api_client(api_url, api_key) as client:
         page = client.request("GET", "/v1/dead_letters", params=params)
-    if json:
-        print_json(page)
-        return
-    rows = [(j["id"], j["model"], age(j["failed_at"]), str(j["attempts"])) for j in page["data"]]
-    print_table(("ID", "MODEL", "DIED", "ATTEMPTS"), rows)
-    if page["has_more"]:
-        out.print(f"[dim]more: --after {page['last_id']}[/]")
+    print_page(
+        page,
+        ("ID", "MODEL", "DIED", "ATTEMPTS"),
+        lambda j: (j["id"], j["model"], age(j["failed_at"]), str(j["attempts"])),
+        json=json,
+    )
 
 
 @app.command()

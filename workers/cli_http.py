@@ -1,17 +1,20 @@
-"""The command line's HTTP client of the API: JSON in, JSON out, server-sent events; every failure a FleetError."""
+"""The command line's HTTP client of the API: JSON, files, server-sent events; every failure a FleetError."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 
-from inferfleet.tasks.errors import FleetError, Unavailable, from_dict
+from inferfleet.tasks.errors import FleetError, NotFound, Unavailable, from_dict
 
 #: A completion may wait its turn in the queue for long: reading is only bounded by the server's keep-alive.
 TIMEOUT = httpx2.Timeout(10.0, read=None)
 SHORT = httpx2.Timeout(1.0)
+#: What may stand in a route as it is.
+ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class ApiUnreachable(Unavailable):
@@ -63,6 +66,28 @@ class ApiClient:
             _raise_for_error(response)
             return bytes(response.content)
 
+    def upload(
+        self, path: str, name: str, file: IO[bytes], fields: Mapping[str, str], headers: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        """POST a form with a file, which is read as it is sent. Errors as in `request`."""
+        form = {"file": (name, file)}
+        with self._reaching():
+            response = self._http.post(path, data=dict(fields), files=form, headers=headers)
+            _raise_for_error(response)
+            answer: dict[str, Any] = response.json()
+            return answer
+
+    @contextmanager
+    def download(
+        self, path: str, params: dict[str, str] | None = None
+    ) -> Iterator[tuple[httpx2.Headers, Iterator[bytes]]]:
+        """The headers of an answer and its bytes, as they come. Errors as in `request`."""
+        with self._reaching(), self._http.stream("GET", path, params=params) as response:
+            if response.status_code >= 400:
+                response.read()
+                _raise_for_error(response)
+            yield response.headers, response.iter_bytes()
+
     def stream(self, method: str, path: str, *, body: Any = None) -> Iterator[dict[str, Any]]:
         """The events of a stream until `[DONE]` or its end; an error inside the stream is raised."""
         content, headers = _json(body)
@@ -84,6 +109,13 @@ class ApiClient:
             yield
         except httpx2.TransportError as error:
             raise ApiUnreachable(f"no answer from the API at {self.url}: {error or type(error).__name__}") from error
+
+
+def path_to(collection: str, identifier: str, missing: type[NotFound]) -> str:
+    """The route of one of a collection. An id that could lead to another route is nobody's: `missing`."""
+    if not ID.fullmatch(identifier):
+        raise missing()
+    return f"{collection}/{identifier}"
 
 
 def _json(body: Any) -> tuple[bytes | None, dict[str, str]]:

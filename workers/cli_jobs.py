@@ -1,6 +1,5 @@
 """`inferfleet jobs`: list, show, wait, cancel, retry, output."""
 
-import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +8,9 @@ import typer
 
 from inferfleet.tasks.errors import JobNotFound, NotTerminal, OutputNotFound, from_dict
 from inferfleet.tasks.names import TERMINAL
-from inferfleet.workers.cli_http import ApiClient
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models
-from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_table
+from inferfleet.workers.cli_http import ApiClient, path_to
+from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models, key_values
+from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page
 from inferfleet.workers.cli_saving import Target, finish, refuse_mixed
 from inferfleet.workers.loading import in_units
 
@@ -19,9 +18,6 @@ app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
 
 #: The API holds one long poll at most this long.
 POLL_SECONDS = 30
-
-#: What may stand in a route as it is.
-ID = re.compile(r"[A-Za-z0-9_-]+")
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id (job_…).", autocompletion=complete_jobs)]
 
@@ -40,20 +36,15 @@ def list_jobs(
     """List jobs, newest first."""
     params = {"limit": str(limit)}
     params |= {name: value for name, value in (("status", status), ("model", model), ("after", after)) if value}
-    for pair in metadata or []:
-        key, found, value = pair.partition("=")
-        if not found:
-            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--metadata")
-        params[f"metadata[{key}]"] = value
+    params |= {f"metadata[{key}]": value for key, value in key_values(metadata).items()}
     with api_client(api_url, api_key) as client:
         page = client.request("GET", "/v1/jobs", params=params)
-    if json:
-        print_json(page)
-        return
-    rows = [(j["id"], j["status"], j["model"], age(j["created_at"]), str(j["attempts"])) for j in page["data"]]
-    print_table(("ID", "STATUS", "MODEL", "AGE", "ATTEMPTS"), rows)
-    if page.get("has_more"):
-        out.print(f"[dim]more: --after {page['last_id']}[/]")
+    print_page(
+        page,
+        ("ID", "STATUS", "MODEL", "AGE", "ATTEMPTS"),
+        lambda j: (j["id"], j["status"], j["model"], age(j["created_at"]), str(j["attempts"])),
+        json=json,
+    )
 
 
 @app.command()
@@ -135,9 +126,7 @@ def output(
 
 def path_of(job_id: str) -> str:
     """A job's route. An id that could lead to another route is no job's: JobNotFound."""
-    if not ID.fullmatch(job_id):
-        raise JobNotFound(param="job_id")
-    return f"/v1/jobs/{job_id}"
+    return path_to("/v1/jobs", job_id, JobNotFound)
 
 
 def print_job(job: dict[str, Any]) -> None:

@@ -25,12 +25,31 @@ def complete_models(incomplete: str) -> list[str]:
 
 def complete_jobs(incomplete: str) -> list[tuple[str, str]]:
     """Ids of the latest jobs with their states, for the shell."""
+    return _latest("/v1/jobs", "status", incomplete)
+
+
+def complete_batches(incomplete: str) -> list[tuple[str, str]]:
+    """Ids of the latest batches with their states."""
+    return _latest("/v1/batches", "status", incomplete)
+
+
+def complete_files(incomplete: str) -> list[tuple[str, str]]:
+    """Ids of the latest files with their names."""
+    return _latest("/v1/files", "filename", incomplete)
+
+
+def complete_endpoints(incomplete: str) -> list[tuple[str, str]]:
+    """Ids of the webhook endpoints with their names."""
+    return _latest("/v1/webhook_endpoints", "name", incomplete)
+
+
+def _latest(collection: str, about: str, incomplete: str) -> list[tuple[str, str]]:
     try:
         with api_client(None, None, quick=True) as client:
-            jobs = client.request("GET", "/v1/jobs", params={"limit": "50"})["data"]
+            found = client.request("GET", collection, params={"limit": "50"})["data"]
     except FleetError:
         return []
-    return [(job["id"], job["status"]) for job in jobs if job["id"].startswith(incomplete)]
+    return [(each["id"], str(each[about])) for each in found if each["id"].startswith(incomplete)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -84,6 +103,15 @@ def named_models(values: list[str] | None) -> dict[str, ModelSpec] | None:
         local = Path(path).expanduser()
         models[name] = ModelSpec(path=str(local.absolute()) if local.exists() else path)
     return models
+
+
+def key_values(pairs: list[str] | None) -> dict[str, str]:
+    """KEY=VALUE flags of --metadata. Raises typer.BadParameter."""
+    split = [pair.partition("=") for pair in pairs or ()]
+    for pair, (_, found, _) in zip(pairs or (), split, strict=True):
+        if not found:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--metadata")
+    return {key: value for key, _, value in split}
 
 
 def pick_model(client: ApiClient, wanted: str | None, *, kind: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,10 @@ EXIT_CODES = {
     "job_not_found": EXIT_NOT_FOUND,
     "output_not_found": EXIT_NOT_FOUND,
     "model_not_found": EXIT_NOT_FOUND,
+    "batch_not_found": EXIT_NOT_FOUND,
+    "file_not_found": EXIT_NOT_FOUND,
+    "webhook_endpoint_not_found": EXIT_NOT_FOUND,
+    "webhook_delivery_not_found": EXIT_NOT_FOUND,
 }
 
 #: What to try next, by error code.
@@ -36,6 +40,17 @@ HINTS = {
     "damaged_download": "fetch it again with `inferfleet jobs output ID`; if it stays so, the store is damaged",
     "not_terminal": "wait for its end with `inferfleet jobs wait ID`",
     "model_not_found": "list what is served with `inferfleet models`",
+    "batch_not_found": "list what is there with `inferfleet batch list`",
+    "batch_state": "see how it stands with `inferfleet batch show ID`",
+    "other_batch": "finish that one with its own options, or remove the file named above to start anew",
+    "file_not_found": "list what is there with `inferfleet files list`",
+    "file_in_use": "wait for the end of the batch that reads it, or cancel it with `inferfleet batch cancel ID`",
+    "webhook_endpoint_not_found": "list what is there with `inferfleet endpoints list`",
+    "webhook_endpoint_disabled": "enable it with `inferfleet endpoints update ID --enable`",
+    "webhook_delivery_not_found": "list what is there with `inferfleet deliveries list`",
+    "too_many_webhook_endpoints": "delete one with `inferfleet endpoints delete ID`",
+    "webhook_receiver_failed": "see what it answered with `inferfleet deliveries list`",
+    "no_webhook_worker": "start one with `inferfleet webhooks`; `inferfleet up` brings its own",
     "unauthorized": "pass --api-key or set INFERFLEET_API_KEY; make a key with `inferfleet keys create`",
     "queue_full": "wait a little, or raise max_queued",
     "already_terminal": "see its outcome with `inferfleet jobs show ID`",
@@ -66,6 +81,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     _print(table)
+
+
+def print_page(
+    page: Mapping[str, Any], columns: Sequence[str], row: Callable[[Any], Sequence[str]], *, json: bool
+) -> None:
+    """A page of a list, and where the next one starts."""
+    if json:
+        print_json(page)
+        return
+    print_table(columns, [row(each) for each in page["data"]])
+    if page.get("has_more"):
+        out.print(f"[dim]more: --after {page['last_id']}[/]")
 
 
 def in_numbers(count: int) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,7 @@ class Target:
             if count > 1:
                 raise typer.BadParameter(f"{count} pictures do not fit into one stream", param_hint="-o")
             return
-        path = self.path or Path("x")
-        folder = path.parent
-        if not folder.is_dir():
-            raise typer.BadParameter(f"there is no folder {folder}", param_hint="-o")
-        if path.is_dir():
-            raise typer.BadParameter(f"{path} is a folder; give the name of a file", param_hint="-o")
-        if not os.access(folder, os.W_OK) and not path.exists():
-            raise typer.BadParameter(f"{folder} cannot be written to", param_hint="-o")
+        check_writable(self.path or Path("x"), "-o")
 
     def format(self) -> str | None:
         """The format that the file's ending stands for; None without a file or an ending. Raises BadParameter."""
@@ -73,6 +66,17 @@ class Target:
         else:
             base = self.path
         return base if count == 1 else base.with_name(f"{base.stem}-{output['index']}{base.suffix}")
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises typer.BadParameter if no file can be written there."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}", param_hint=option)
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give the name of a file", param_hint=option)
+    if not os.access(folder, os.W_OK) and not path.exists():
+        raise typer.BadParameter(f"{folder} cannot be written to", param_hint=option)
 
 
 def refuse_mixed(target: Target, *, json: bool) -> None:
@@ -118,20 +122,26 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises CannotWrite.
     """
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """The same of what comes piece by piece; if that breaks off, the file stays as it was."""
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(data)
+            with path.open("wb") as file:
+                file.writelines(pieces)
         else:
-            _replace(Path(os.path.realpath(path)), data)
+            _replace(Path(os.path.realpath(path)), pieces)
     except OSError as error:
         raise CannotWrite(f"{path}: {error.strerror or error}") from None
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, pieces: Iterable[bytes]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             os.fchmod(file.fileno(), _mode_of(path))
         os.replace(temporary, path)
     except BaseException:
