@@ -4,9 +4,12 @@ import random
 
 import pytest
 import torch
+from small_checkpoint import checkpoint
 from tiny_engine import VOCAB, greedy, run, seeded, tiny_engine
 
 from inferfleet.engine import replay
+from inferfleet.engine.errors import OutOfMemory
+from inferfleet.engine.offline import LLM
 from inferfleet.engine.replay import Replay, rounded_blocks, rounded_rows
 
 
@@ -80,7 +83,43 @@ def test_sizes_are_rounded_up_and_never_beyond_what_an_engine_has(tmp_path):
     assert set(engine.replay.shapes) == {(5, 6)}
 
 
+def on_gpu(folder, **settings):
+    defaults = {"dtype": "float32", "device": "cuda", "max_model_len": 512, "kv_cache_tokens": 8192}
+    return LLM(str(folder), **{**defaults, **settings})
+
+
 @pytest.mark.gpu
-def test_a_graph_gives_what_the_step_gives_and_is_recorded_once_for_each_size():
-    # Given a model of one attention layer on a GPU,
-    from parity.checkpoints.writing import Reference  # noqa: F401  (the parity folder is on the path)
+def test_recorded_steps_on_a_gpu_write_what_others_write_and_are_recorded_once_a_size(tmp_path):
+    # Given a model on a GPU, once with recorded steps and once without,
+    checkpoint(tmp_path)
+    recording, plain = on_gpu(tmp_path), on_gpu(tmp_path)
+    plain.engine.replay = None
+    given = [{"prompt_token_ids": [token % 200 for token in ids]} for ids in prompts([1, 5, 30, 300, 77])]
+    # when both answer the same prompts twice,
+    texts = [
+        [output.outputs[0].token_ids for output in llm.generate(given, greedy(40))]
+        for llm in (recording, plain, recording)
+    ]
+    # then the texts are the same, and there is one graph for each size.
+    assert texts[0] == texts[1] == texts[2]
+    assert set(recording.engine.replay._recorded) == {(8, 32)}
+
+
+@pytest.mark.gpu
+def test_a_step_that_a_gpu_has_no_memory_for_fails_its_request_and_the_next_one_is_answered(tmp_path, monkeypatch):
+    # Given a model on a GPU whose next step asks for more memory than there is,
+    checkpoint(tmp_path)
+    llm = on_gpu(tmp_path)
+    forward = llm.engine.model.forward
+
+    def greedy_forward(*step):
+        torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
+        return forward(*step)
+
+    monkeypatch.setattr(llm.engine.model, "forward", greedy_forward)
+    # when a request comes, then it is told why it failed,
+    with pytest.raises(OutOfMemory):
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], greedy(4))
+    # and the engine goes on.
+    monkeypatch.undo()
+    assert len(llm.generate([{"prompt_token_ids": [1, 2, 3]}], greedy(4))[0].outputs[0].token_ids) == 4
