@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from inferfleet.tasks import names
 from inferfleet.tasks.call import Arg, Call, Key, from_json, integer, opt, text, to_json
 from inferfleet.tasks.calls import as_word
 from inferfleet.tasks.errors import (
@@ -21,7 +22,7 @@ from inferfleet.tasks.errors import (
     InvalidRequest,
     OutputNotFound,
 )
-from inferfleet.tasks.files import Part, as_fields
+from inferfleet.tasks.files import UPLOAD_SECONDS, Part, as_fields
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -29,6 +30,7 @@ TERMINAL = frozenset({"failed", "completed", "expired", "cancelled"})
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 #: The record of a batch outlives its end so long.
 KEEP_MS = 30 * 86400 * 1000
+MAX_FILENAME = 255
 #: About so many bytes of answers are read at once.
 COLLECT_BYTES = 2 << 20
 
@@ -67,6 +69,16 @@ class BatchRecord:
     retry_of: str | None = None
     custom_ids: list[str] | None = None
     metadata: dict[str, str] | None = None
+    #: A URL or the id of an endpoint, and of names.BATCH_ENDS those that it is told.
+    webhook: str | None = None
+    webhook_words: tuple[str, ...] = ()
+    #: The object that the input file was, or is to be, copied from.
+    input_url: str | None = None
+    #: What the files are written to as well; where they lie then, or why they do not.
+    output_url_prefix: str | None = None
+    output_url: str | None = None
+    error_url: str | None = None
+    output_problem: str | None = None
     #: code, line (from 1), message, param.
     errors: list[dict[str, Any]] | None = None
     output_file_id: str | None = None
@@ -89,16 +101,23 @@ def line_job(batch_id: str, line: int) -> str:
     return f"job_{hashlib.sha256(f'{batch_id}.{line}'.encode()).hexdigest()[:32]}"
 
 
+def fetched_file(batch_id: str) -> str:
+    """The file that the input of this batch is copied into."""
+    return f"file-{hashlib.sha256(f'{batch_id}:input'.encode()).hexdigest()[:32]}"
+
+
 def record(batch_id: str, answer: Any) -> BatchRecord:
     raw = as_fields(answer)
     numbers = ("fence", "total", "completed", "failed", "lines", "parts", "output_bytes", "error_bytes",
                "input_tokens", "cached_tokens", "output_tokens", "priority", "keep_seconds", "created_ms",
                "expires_ms")  # fmt: skip
     texts = ("tenant", "status", "endpoint", "input_file_id", "input_shelf", "completion_window")
-    optional = ("model", "retry_of", "output_file_id", "error_file_id")
+    optional = ("model", "retry_of", "output_file_id", "error_file_id", "webhook", "input_url", "output_url_prefix",
+                "output_url", "error_url", "output_problem")  # fmt: skip
     values: dict[str, Any] = {name: int(raw[name]) for name in numbers} | {name: raw[name] for name in texts}
     values |= {name: raw.get(name) or None for name in optional}
     values |= {name: json.loads(raw[name]) if raw.get(name) else None for name in ("custom_ids", "metadata", "errors")}
+    values["webhook_words"] = tuple(raw.get("webhook_events", "").split())
     times: dict[str, int] = {status: int(raw[f"{status}_ms"]) for status in STATUSES if f"{status}_ms" in raw}
     return BatchRecord(id=batch_id, times=times, **values)
 
@@ -126,13 +145,18 @@ def create(
     endpoint: str,
     keep_seconds: int,
     input_file_id: str | None = None,
+    input_url: str | None = None,
+    output_url_prefix: str | None = None,
     retry_of: str | None = None,
     custom_ids: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     priority: int = 0,
+    webhook: str | None = None,
+    webhook_words: Sequence[str] = names.BATCH_ENDS,
     idempotency: Idempotency | None = None,
 ) -> Call[tuple[str, bool]]:
-    """Accept a batch of a file, or of the failed lines of another batch: its id, and whether it was there before."""
+    """Accept a batch of a file, of an object that its runner copies into a file, or of the failed lines of another
+    batch: its id, and whether it was there before."""
 
     def parse(answer: list[Any]) -> tuple[str, bool]:
         verdict = text(answer[0])
@@ -146,15 +170,22 @@ def create(
             raise BatchState(f"the batch is {text(answer[1])}; its failed lines can be run again once it has ended")
         if verdict == "nothing":
             raise BatchState("no line of the batch has failed")
+        if verdict == "no_endpoint":
+            raise InvalidRequest(f"there is no webhook endpoint {webhook}", param="webhook")
         return text(answer[1]), verdict == "replay"
 
     known = idempotency or Idempotency("", False, None)
     fields: dict[str, Arg] = {
         "completion_window": window, "endpoint": endpoint, "keep_seconds": keep_seconds, "priority": priority,
         "metadata": to_json(metadata or None), "custom_ids": to_json(custom_ids),
+        "webhook_events": " ".join(webhook_words), "input_url": opt(input_url),
+        "output_url_prefix": opt(output_url_prefix),
     }  # fmt: skip
     args: list[Arg] = [batch_id, tenant, known.digest, opt(known.ttl_ms), "1" if known.look else "", body_hash]
-    args += [opt(input_file_id), opt(retry_of), window_seconds]
+    fetched = "" if input_url is None else input_url.rpartition("/")[2][-MAX_FILENAME:]
+    if fetched:
+        input_file_id = fetched_file(batch_id)
+    args += [opt(input_file_id), opt(retry_of), window_seconds, opt(webhook), fetched, 1000 * UPLOAD_SECONDS]
     return Call("batch_create", args + [part for pair in fields.items() for part in pair], parse)
 
 
@@ -174,7 +205,7 @@ def list_batches(tenant: str, after: str | None, limit: int) -> Call[tuple[list[
 
     def parse(answer: list[Any] | None) -> tuple[list[BatchRecord], bool]:
         if answer is None:
-            raise InvalidRequest("after names no batch of this tenant", param="after")
+            raise BatchNotFound("after names no batch of this tenant", param="after")
         found = [record(text(batch_id), fields) for batch_id, fields in answer]
         return found[:limit], len(found) > limit
 
@@ -293,8 +324,9 @@ class Line:
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    #: Its job, if that is to be forgotten now.
+    #: Its job, and what becomes of that: it is forgotten now, or kept because the text names its pictures.
     job_id: str | None = None
+    job_then: Literal["", "forget", "keep"] = ""
 
 
 def commit(batch_id: str, fence: int, lines_before: int, ended: Sequence[Line]) -> Call[int | None]:
@@ -316,7 +348,8 @@ def commit(batch_id: str, fence: int, lines_before: int, ended: Sequence[Line]) 
     args += [len(ended) - failed, failed, size(False), size(True)]
     args += [sum(getattr(line, f"{kind}_tokens") for line in ended) for kind in ("input", "cached", "output")]
     args += [len(ended), *(line.number for line in ended), *("1" if line.failed else "" for line in ended)]
-    return Call("batch_commit", args + [line.job_id for line in ended if line.job_id], parse)
+    args += [*(line.job_then for line in ended), *(opt(line.job_id) for line in ended)]
+    return Call("batch_commit", args, parse)
 
 
 def seal(batch_id: str, fence: int, n: int, part: Part, *, in_ledger: bool) -> Call[str]:
@@ -341,14 +374,21 @@ def read_tail(batch_id: str) -> Call[bytes]:
     return read_bits(f"tail:{batch_id}")
 
 
-def finish(batch_id: str, fence: int, how_far: Literal["finalizing", "end"], keep_seconds: int) -> Call[str]:
+def finish(
+    batch_id: str,
+    fence: int,
+    how_far: Literal["finalizing", "end"],
+    keep_seconds: int,
+    about: Mapping[str, str] | None = None,
+) -> Call[str]:
     """End a batch of which all lines have ended, in two steps. Gives the status, or stale, or open while lines or a
-    tail are left. keep_seconds: how long its files live."""
+    tail are left. keep_seconds: how long its files live. about: output_url, error_url, output_problem."""
     files: list[Arg] = []
     for kind in ("output", "error"):
         digest = hashlib.sha256(f"{batch_id}:{kind}".encode()).hexdigest()
         files += [f"file-{digest[:32]}", f"{batch_id}_{kind}.jsonl"]
-    return Call("batch_finish", [batch_id, fence, how_far, *files, keep_seconds, KEEP_MS], as_word)
+    said = [part for pair in (about or {}).items() for part in pair]
+    return Call("batch_finish", [batch_id, fence, how_far, *files, keep_seconds, KEEP_MS, *said], as_word)
 
 
 def sweep(limit: int = 100) -> Call[int]:

@@ -21,7 +21,7 @@ Steps = Generator["Call[Any]", Any, T]
 SCRIPTS = Path(__file__).parent / "lua"
 
 #: First word of a script's name -> what stands in front of it, where that is not records.lua and outbox.lua.
-SHARED = {"file": ("records", "shelf"), "batch": ("records", "outbox", "shelf", "batches")}
+SHARED = {"file": ("records", "shelf"), "batch": ("records", "outbox", "shelf", "batches"), "run": ("records", "runs")}
 
 
 @dataclass(frozen=True)

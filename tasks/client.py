@@ -7,6 +7,7 @@ carry the steps, in a thread or in an event loop.
 import asyncio
 import functools
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from inferfleet.tasks.call import Call
 from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.dead_letters import Attempt
 from inferfleet.tasks.doorbell import Doorbell
-from inferfleet.tasks.errors import InvalidRequest, ModelNotFound, OutputNotFound
+from inferfleet.tasks.errors import InvalidRequest, ModelNotFound, OutputNotFound, SettingsError
 from inferfleet.tasks.job_object import Job, to_job_object
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
 from inferfleet.tasks.records import Event, JobRecord
-from inferfleet.tasks.stores import redis_store
+from inferfleet.tasks.settings import RESULT_STORE, S3Settings
+from inferfleet.tasks.stores import AsyncS3Store, async_store_at, store_at
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,6 +39,14 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """A step that reads a file of the store."""
+
+    key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class JobList:
     """One page, newest first. The next page is that after the last job's id."""
 
@@ -44,7 +54,7 @@ class JobList:
     has_more: bool
 
 
-Errand = Generator[Call[Any] | Ring, Any, T]
+Errand = Generator[Call[Any] | Ring | Fetch, Any, T]
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ def _output(caller: Caller, job_id: str, index: int = 0) -> Errand[bytes]:
     found = [output for output in record.outputs or () if output["index"] == index]
     if not found:
         raise OutputNotFound(f"the job is {record.state} and has no picture {index}", param="index")
-    return (yield from redis_store.get(found[0]["id"], found[0]["hash"].removeprefix("sha256:")))
+    return (yield Fetch(found[0]["id"], found[0]["hash"].removeprefix("sha256:")))
 
 
 def _list(
@@ -240,7 +250,11 @@ def async_errand(
 
 
 class Face:
-    """What both clients hold. `models` may be submitted though no worker announces them yet."""
+    """What both clients hold. `models` may be submitted though no worker announces them yet.
+
+    result_store, s3: as in the fleet's settings, for the files of jobs. Raises SettingsError for a place that is none,
+    and where boto3 is needed and not installed.
+    """
 
     def __init__(
         self,
@@ -250,7 +264,12 @@ class Face:
         tenant: str = "default",
         models: Iterable[str] = (),
         max_queued: int = 10_000,
+        result_store: str = "redis://",
+        s3: S3Settings | None = None,
     ) -> None:
+        if not re.fullmatch(RESULT_STORE, result_store):
+            raise SettingsError("result_store is redis:// or s3://bucket/prefix", param="result_store")
+        self._files = (result_store, s3 or S3Settings())
         self.caller = Caller(tenant, frozenset(models), max_queued)
         self._bell = Doorbell(redis_url, namespace)
         self._open(redis_url, namespace)
@@ -264,6 +283,7 @@ class Client(Face):
 
     def _open(self, redis_url: str, namespace: str) -> None:
         self._ledger = Ledger.from_url(redis_url, namespace)
+        self._store = store_at(*self._files, self._ledger, 0)  # it only reads
 
     def __enter__(self) -> "Client":
         return self
@@ -280,7 +300,12 @@ class Client(Face):
         try:
             while True:
                 step = steps.send(answer)
-                answer = self._bell.ring(step.model) if isinstance(step, Ring) else self._ledger.run(step)
+                if isinstance(step, Ring):
+                    answer = self._bell.ring(step.model)
+                elif isinstance(step, Fetch):
+                    answer = self._store.get(step.key, step.sha256)
+                else:
+                    answer = self._ledger.run(step)
         except StopIteration as stop:
             return stop.value
 
@@ -310,6 +335,7 @@ class AsyncClient(Face):
 
     def _open(self, redis_url: str, namespace: str) -> None:
         self._ledger = AsyncLedger.from_url(redis_url, namespace)
+        self._store = async_store_at(*self._files, self._ledger, 0)  # it only reads
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -319,6 +345,8 @@ class AsyncClient(Face):
 
     async def close(self) -> None:
         await asyncio.to_thread(self._bell.close)
+        if isinstance(self._store, AsyncS3Store):
+            self._store.close()
         await self._ledger.close()
 
     async def _run(self, steps: Errand[T]) -> T:
@@ -328,6 +356,8 @@ class AsyncClient(Face):
                 step = steps.send(answer)
                 if isinstance(step, Ring):
                     answer = await asyncio.to_thread(self._bell.ring, step.model)
+                elif isinstance(step, Fetch):
+                    answer = await self._store.get(step.key, step.sha256)
                 else:
                     answer = await self._ledger.run(step)
         except StopIteration as stop:

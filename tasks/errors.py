@@ -2,6 +2,7 @@
 
     FleetError
     ├── RequestError                     the caller has to change something
+    │   ├── InvalidHTTP                  400 invalid_http
     │   ├── InvalidJSON                  400 invalid_json
     │   ├── InvalidRequest               422 invalid_request
     │   │   ├── ContextLengthExceeded    422 context_length_exceeded
@@ -11,8 +12,11 @@
     │   ├── Forbidden                    403 forbidden
     │   │   ├── InvalidSignature         403 invalid_signature
     │   │   └── UrlExpired               403 url_expired
+    │   ├── MethodNotAllowed             405 method_not_allowed
+    │   ├── RequestTimeout               408 request_timeout
     │   ├── BodyTooLarge                 413 body_too_large
-    │   └── UnsupportedMediaType         415 unsupported_media_type
+    │   ├── UnsupportedMediaType         415 unsupported_media_type
+    │   └── HeadersTooLarge              431 headers_too_large
     ├── NotFound
     │   ├── ModelNotFound                404 model_not_found
     │   ├── JobNotFound                  404 job_not_found
@@ -23,6 +27,7 @@
     │   ├── ResponseNotFound             404 response_not_found
     │   └── OutputNotFound               404 output_not_found
     ├── OutputDamaged                    500 output_damaged
+    ├── ObjectChanged                    500 object_changed
     ├── Conflict                         the job's state forbids it
     │   ├── IdempotencyKeyReuse          409 idempotency_key_reuse
     │   ├── BatchState                   409 batch_state
@@ -89,6 +94,12 @@ class RequestError(FleetError):
     type = "invalid_request_error"
 
 
+class InvalidHTTP(RequestError):
+    """What was sent is not an HTTP/1.1 request."""
+
+    code = "invalid_http"
+
+
 class InvalidJSON(RequestError):
     """The body is not valid JSON."""
 
@@ -147,6 +158,20 @@ class UrlExpired(Forbidden):
     code = "url_expired"
 
 
+class MethodNotAllowed(RequestError):
+    """The route does not know this method."""
+
+    code = "method_not_allowed"
+    status = 405
+
+
+class RequestTimeout(RequestError):
+    """The request came too slowly."""
+
+    code = "request_timeout"
+    status = 408
+
+
 class BodyTooLarge(RequestError):
     """The body is larger than this server accepts."""
 
@@ -159,6 +184,13 @@ class UnsupportedMediaType(RequestError):
 
     code = "unsupported_media_type"
     status = 415
+
+
+class HeadersTooLarge(RequestError):
+    """The request's first line and headers are larger than this server accepts."""
+
+    code = "headers_too_large"
+    status = 431
 
 
 class NotFound(FleetError):
@@ -209,6 +241,12 @@ class OutputDamaged(FleetError):
     """The stored file is not what was written."""
 
     code = "output_damaged"
+
+
+class ObjectChanged(FleetError):
+    """The object in the bucket was exchanged while it was read."""
+
+    code = "object_changed"
 
 
 class EndpointNotFound(NotFound):

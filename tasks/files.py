@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from inferfleet.tasks.call import Call, Key, Steps, opt, text, to_json
 from inferfleet.tasks.calls import ENTRIES_PER_SCAN, check_idempotency_key, idempotency_digest
-from inferfleet.tasks.errors import FileInUse, FileNotFound, IdempotencyKeyReuse, InvalidRequest, OutputNotFound
+from inferfleet.tasks.errors import FileInUse, FileNotFound, IdempotencyKeyReuse, OutputNotFound
 
 #: Bytes of one part, except the last of a file.
 PART_BYTES = 4 << 20
@@ -191,7 +191,7 @@ def list_files(
 
 def parse_files(answer: list[Any] | None) -> tuple[str, list[FileRecord]]:
     if answer is None:
-        raise InvalidRequest("after names no file of this tenant", param="after")
+        raise FileNotFound("after names no file of this tenant", param="after")
     return text(answer[0]), [file_record(text(file_id), fields) for file_id, fields in answer[1:]]
 
 

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from inferfleet.tasks import calls, roster, webhooks
+from inferfleet.tasks import calls, kept_runs, roster, webhooks
 from inferfleet.tasks import dead_letters as letters
 from inferfleet.tasks.call import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
@@ -190,6 +190,12 @@ class Ledger(Carrier):
     take_delivery = verb(webhooks.take_delivery)
     record_delivery = verb(webhooks.record_delivery)
     sweep_deliveries = verb(webhooks.sweep_deliveries)
+
+    keep_run = verb(kept_runs.keep_run)
+    beat_runs = verb(kept_runs.beat_runs)
+    drop_run = verb(kept_runs.drop_run)
+    return_run = verb(kept_runs.return_run)
+    sweep_runs = verb(kept_runs.sweep_runs)
 
 
 class AsyncLedger(Carrier):

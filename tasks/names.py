@@ -19,8 +19,15 @@ TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "expir
 WEBHOOK_WORDS = ("completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output")
 #: What a job's webhook is told unless the job says what else.
 WEBHOOK_ENDS = WEBHOOK_WORDS[:5]
+#: What a batch's webhook may be told, and what the response of a job of RESPONSES_URL may end as: OpenAI's words.
+BATCH_ENDS = ("completed", "failed", "expired", "cancelled")
+RESPONSE_ENDS = ("completed", "failed", "cancelled", "incomplete")
 #: The event types that a webhook endpoint may ask for.
-WEBHOOK_EVENTS = tuple(f"job.{word}" for word in WEBHOOK_WORDS)
+WEBHOOK_EVENTS = (
+    *(f"job.{word}" for word in WEBHOOK_WORDS),
+    *(f"response.{word}" for word in RESPONSE_ENDS),
+    *(f"batch.{word}" for word in BATCH_ENDS),
+)
 
 DELTA = "response.output_text.delta"
 PROGRESS = "job.progress"
@@ -30,6 +37,8 @@ CHAT_URL = "/v1/chat/completions"
 RESPONSES_URL = "/v1/responses"
 IMAGES_URL = "/v1/images/generations"
 EDITS_URL = "/v1/images/edits"
+RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
+OUTPUT_ID = re.compile(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}")
 
 
 def turn_queue(model: str, namespace: str = "inferfleet") -> str:
@@ -64,7 +73,7 @@ def response_id(job_id: str) -> str:
 
 def job_of_response(response: str) -> str | None:
     """The job whose response this may be; None for what is no id of a response."""
-    found = re.fullmatch(r"resp_([0-9a-f]{32})", response)
+    found = RESPONSE_ID.fullmatch(response)
     return f"job_{found[1]}" if found else None
 
 
@@ -75,7 +84,7 @@ def output_id(job_id: str, fence: int, index: int) -> str:
 
 def job_of_output(output: str) -> str | None:
     """The job whose file this may be; None for what is no id of a file."""
-    found = re.fullmatch(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}", output)
+    found = OUTPUT_ID.fullmatch(output)
     return f"job_{found[1]}" if found else None
 
 

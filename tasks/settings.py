@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -24,13 +24,24 @@ from pydantic_settings import (
 )
 
 from inferfleet.tasks.errors import SettingsError
+from inferfleet.tasks.s3_url import parse_prefix
 
 PREFIX = "INFERFLEET_"
 CONFIG_FILE = Path("inferfleet.toml")
 
+#: redis:// or s3://bucket/prefix
+RESULT_STORE = r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
+
 Seconds = Annotated[float, Field(gt=0, le=31 * 86400, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")]
+
+
+def is_a_prefix(text: str) -> str:
+    return str(parse_prefix(text))
+
+
+BucketPrefix = Annotated[str, AfterValidator(is_a_prefix)]
 
 
 class ImageSettings(BaseModel):
@@ -148,10 +159,11 @@ class Settings(BaseSettings):
     #: Of all pictures of one job.
     max_result_bytes: int = Field(default=256 << 20, ge=1 << 20, le=1 << 32)
     #: Where files are kept: in the ledger's own Redis, or s3://bucket/prefix (see `s3`).
-    result_store: str = Field(
-        default="redis://", pattern=r"^(redis://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]*)?)$"
-    )
+    result_store: str = Field(default="redis://", pattern=RESULT_STORE)
     s3: S3Settings = S3Settings()
+    #: Tenant -> what its batches may read their input from and write their output to, with the keys of `s3`: any object
+    #: whose url begins with one of these. Not where `result_store` is, which holds the files of everybody.
+    batch_buckets: dict[Annotated[str, Field(min_length=1, max_length=256)], list[BucketPrefix]] = {}
     #: Waiting jobs a model; more are answered 429.
     max_queued: int = Field(default=10_000, ge=1)
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=256 << 20)
@@ -162,6 +174,8 @@ class Settings(BaseSettings):
     #: Batches that one runner has under way, and lines of one model that one batch has waiting or running.
     batch_slots: int = Field(default=8, ge=1, le=256)
     batch_window: int = Field(default=256, ge=1, le=10_000)
+    #: A request that stays silent this long before it is whole is refused. Its body also has to come at 1 KiB/s.
+    read_timeout_seconds: Seconds = 30
     drain_grace_seconds: Seconds = 30
     #: Jobs that one worker carries at once.
     slots: int = Field(default=64, ge=1, le=4096)
@@ -206,6 +220,21 @@ class Settings(BaseSettings):
                 f"({self.heartbeat_seconds:g}): one late heartbeat would lose every job",
                 param="lease_seconds",
             )
+        if self.result_store.startswith("s3://"):
+            self._keep_tenants_out(str(parse_prefix(self.result_store)))
+
+    def _keep_tenants_out(self, store: str) -> None:
+        for tenant, prefixes in self.batch_buckets.items():
+            for prefix in prefixes:
+                if prefix.startswith(store) or store.startswith(prefix):
+                    raise SettingsError(
+                        f"{prefix} holds the files of all tenants (result_store)", param=f"batch_buckets.{tenant}"
+                    )
+
+    @property
+    def local_api_url(self) -> str:
+        """Where this machine reaches an API that listens as these settings say."""
+        return local_url(self.api_host, self.api_port)
 
     @classmethod
     def settings_customise_sources(
@@ -218,6 +247,12 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         path = Path(os.environ.get(PREFIX + "CONFIG", CONFIG_FILE))
         return (init_settings, env_settings, InitSettingsSource(settings_cls, read_toml(path)))
+
+
+def local_url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens there."""
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:

@@ -65,7 +65,7 @@ class Delivery:
     #: None = a URL that the job brought along.
     endpoint: str | None
     url: str | None
-    #: The job.
+    #: The job or the batch.
     subject: str | None
     state: str
     attempts: int
@@ -220,7 +220,9 @@ def read_endpoints(answer: list[Any]) -> list[Endpoint]:
 
 def test_endpoint(endpoint_id: str, tenant: str, event_type: str) -> Call[str]:
     """Put a made-up event into the outbox, for this endpoint alone, to be tried once. Answers the delivery's id."""
-    data = {"id": "job_" + "0" * 32, "status": event_type.rpartition(".")[2], "seq": 0, "test": True}
+    whose, _, status = event_type.partition(".")
+    prefix = {"job": "job", "response": "resp", "batch": "batch"}[whose]
+    data = {"id": f"{prefix}_" + "0" * 32, "status": status, "seq": 0, "test": True}
 
     def parse(answer: bytes | None) -> str:
         if answer is None:

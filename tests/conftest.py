@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import radosgw
 import redis
 from chaosproxy import ChaosProxy
+from radosgw import RadosGateway
 from swift_s3 import SwiftMissing, SwiftServer, swift_python
 
 from inferfleet.tasks.ledger import Ledger
@@ -166,6 +168,15 @@ def session_swift(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     except SwiftMissing as error:
         missing(f"OpenStack Swift, which pip could not install ({error})")
     with SwiftServer(python, tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def session_radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RadosGateway]:
+    """Another real S3 server, for tests that are marked slow: nothing but a distribution has it."""
+    if not radosgw.is_installed():
+        pytest.skip("radosgw is not installed: apt-get install radosgw ceph-mon ceph-osd ceph-common")
+    with RadosGateway(tmp_path_factory.mktemp("radosgw")) as server:
         yield server
 
 

@@ -14,6 +14,7 @@ from inferfleet.tasks import names
 from inferfleet.tasks.client import Client
 from inferfleet.tasks.contracts import body_hash, parse_job
 from inferfleet.tasks.doorbell import Doorbell
+from inferfleet.tasks.errors import JobNotFound
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.names import is_terminal_event, new_job_id
 from inferfleet.tasks.settings import Settings
@@ -82,6 +83,7 @@ class WorkerProcess:
         for child in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+                child.wait(10)  # until then Redis may hand a message of the next test to its dying socket
 
 
 class Fleet:
@@ -138,6 +140,13 @@ class Fleet:
 
     def state(self, job_id):
         return self.ledger.get(job_id).state
+
+    def state_if_any(self, job_id):
+        """None for a job that is not there."""
+        try:
+            return self.state(job_id)
+        except JobNotFound:
+            return None
 
     def wait_for_words(self, job_id, count=1):
         """Until the job has published something."""

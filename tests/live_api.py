@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx2
 import openai
-import uvicorn
 from hand_worker import HandWorker
 
 from inferfleet.tasks.doorbell import Doorbell
@@ -75,9 +74,7 @@ def api_of_workers(redis_url: str, namespace: str, **settings: Any) -> Iterator[
 def serving(settings: Settings, ring: Ring) -> Iterator[tuple[str, ExitStack, Callable[[], None]]]:
     """uvicorn in a thread: its address, a stack that closes clients before the server goes, and its stop."""
     logs.configure("warning", "json")
-    app = create_app(settings, ring)
-    grace = round(settings.drain_grace_seconds)
-    server = DrainingServer(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=grace), app)
+    server = DrainingServer(create_app(settings, ring), settings)
 
     def stop() -> None:
         server.should_exit = True

@@ -1,4 +1,5 @@
-"""A runner of batches for the tests: in a thread beside a live API, or as the program that users start."""
+"""A runner of batches for the tests, in a thread beside a live API or as the program that users start; a worker whose
+model costs nothing; lines."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from inferfleet.tasks.batches import TERMINAL
 from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.names import new_job_id
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import open_store
 from inferfleet.workers.batches.run import Tools
@@ -56,6 +59,40 @@ class RunnerProcess:
         self.process.wait()
 
 
+class NullWorker:
+    """Answers every job of its model at once with `size` letters, from one thread."""
+
+    def __init__(self, redis_url, namespace, model="null", size=10):
+        self.ledger = Ledger.from_url(redis_url, namespace)
+        self.ledger.put_card(model, {"id": model, "state": "ready"}, "null", 3600)
+        self.model = model
+        self.answers: Counter[str] = Counter()
+        self._choice = {"index": 0, "message": {"role": "assistant", "content": "x" * size}, "finish_reason": "stop"}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._stopping.set()
+        self._thread.join()
+        self.ledger.close()
+
+    def _run(self):
+        usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+        while not self._stopping.is_set():
+            claim = self.ledger.claim(self.model, worker="null", token=new_job_id(), lease_ms=60_000)
+            if claim is None:
+                self._stopping.wait(0.005)
+                continue
+            body = {"id": claim.job_id, "object": "chat.completion", "choices": [self._choice], "usage": usage}
+            response = json.dumps(body).encode()
+            self.ledger.complete(claim.job_id, claim.fence, state="completed", response=response, usage=usage)
+            self.answers[claim.job_id] += 1
+
+
 def line(custom_id: str, text: str = "say hi", model: str = "paper", **body: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": text}]
     return {
@@ -64,6 +101,16 @@ def line(custom_id: str, text: str = "say hi", model: str = "paper", **body: Any
         "url": "/v1/chat/completions",
         "body": {"model": model, "messages": messages, **body},
     }
+
+
+def response_line(custom_id: str, text: str = "say hi", model: str = "paper", **body: Any) -> dict[str, Any]:
+    given = {"model": model, "input": text, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": given}
+
+
+def image_line(custom_id: str, prompt: str = "a cat", model: str = "flux", **body: Any) -> dict[str, Any]:
+    given = {"model": model, "prompt": prompt, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/images/generations", "body": given}
 
 
 def jsonl(lines: list[Any]) -> bytes:

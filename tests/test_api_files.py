@@ -182,10 +182,11 @@ def test_bad_uploads_are_refused_by_field_and_leave_nothing(http, ledger, sent, 
 
 
 def test_bad_queries_and_ids_are_told(http):
-    for params, param in (({"limit": 0}, "limit"), ({"ordr": "asc"}, "ordr"), ({"order": "up"}, "order"),
-                          ({"after": "file-" + "0" * 32}, "after")):  # fmt: skip
+    for params, param in (({"limit": 0}, "limit"), ({"ordr": "asc"}, "ordr"), ({"order": "up"}, "order")):
         answer = http.get("/v1/files", params=params)
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+    after = http.get("/v1/files", params={"after": "file-" + "0" * 32})
+    assert (after.status_code, after.json()["error"]["param"]) == (404, "after")
     for path in ("file-1", "file-" + "0" * 32, "batch_" + "0" * 32):
         assert http.get(f"/v1/files/{path}").json()["error"]["code"] == "file_not_found"
 

@@ -90,11 +90,11 @@ def test_pages_of_endpoints_follow_each_other(http, production):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"url": "http://receiver.example/"}, "webhook"),
-        ({"url": "https://receiver.example:22/"}, "webhook"),
-        ({"url": "https://127.0.0.1/"}, "webhook"),
-        ({"url": "https://localhost/"}, "webhook"),
-        ({"url": "https://[::ffff:7f00:1]/"}, "webhook"),
+        ({"url": "http://receiver.example/"}, "url"),
+        ({"url": "https://receiver.example:22/"}, "url"),
+        ({"url": "https://127.0.0.1/"}, "url"),
+        ({"url": "https://localhost/"}, "url"),
+        ({"url": "https://[::ffff:7f00:1]/"}, "url"),
         ({"url": "https://127.1/"}, "url"),
         ({"url": "https://user:pass@receiver.example/"}, "url"),
         ({"url": "https://receiver.example/" + "a" * 3000}, "url"),

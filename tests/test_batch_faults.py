@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 import time
-from collections import Counter
 from itertools import pairwise
 
 import psutil
@@ -14,55 +13,19 @@ import pytest
 from chaosproxy import ChaosProxy
 from fleet import until
 from live_api import running_api
-from live_batches import RunnerProcess, jsonl, line, read_lines, running_batches, wait_for_end
+from live_batches import NullWorker, RunnerProcess, jsonl, line, read_lines, running_batches, wait_for_end
 from swift_s3 import SwiftServer
 
 from inferfleet.tasks import batches, files
 from inferfleet.tasks.batches import Line
 from inferfleet.tasks.errors import BatchState, FileInUse
 from inferfleet.tasks.files import Part
-from inferfleet.tasks.ledger import Ledger
-from inferfleet.tasks.names import new_job_id
 from inferfleet.tasks.shelf import marked, selected, unmarked
 from inferfleet.tasks.stores import RedisStore
 from inferfleet.workers.batches.plan import Rules, make_plan
 from inferfleet.workers.batches.spool import Spool
 
 FAST = {"lease_seconds": 1, "heartbeat_seconds": 0.3}
-
-
-class NullWorker:
-    """Answers every job of its model at once with `size` letters, from one thread."""
-
-    def __init__(self, redis_url, namespace, model="null", size=10):
-        self.ledger = Ledger.from_url(redis_url, namespace)
-        self.ledger.put_card(model, {"id": model, "state": "ready"}, "null", 3600)
-        self.model = model
-        self.answers: Counter[str] = Counter()
-        self._choice = {"index": 0, "message": {"role": "assistant", "content": "x" * size}, "finish_reason": "stop"}
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        self._stopping.set()
-        self._thread.join()
-        self.ledger.close()
-
-    def _run(self):
-        usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
-        while not self._stopping.is_set():
-            claim = self.ledger.claim(self.model, worker="null", token=new_job_id(), lease_ms=60_000)
-            if claim is None:
-                self._stopping.wait(0.005)
-                continue
-            body = {"id": claim.job_id, "object": "chat.completion", "choices": [self._choice], "usage": usage}
-            response = json.dumps(body).encode()
-            self.ledger.complete(claim.job_id, claim.fence, state="completed", response=response, usage=usage)
-            self.answers[claim.job_id] += 1
 
 
 def start(client, lines, **options):

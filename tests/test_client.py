@@ -24,8 +24,10 @@ from inferfleet.tasks.errors import (
     OutputNotFound,
     QueueFull,
     RequestError,
+    SettingsError,
 )
-from inferfleet.tasks.stores import RedisStore
+from inferfleet.tasks.settings import S3Settings
+from inferfleet.tasks.stores import RedisStore, store_at
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 ANSWER = {"choices": [{"message": {"role": "assistant", "content": "yes"}}]}
@@ -113,9 +115,9 @@ IMAGE = {"url": names.IMAGES_URL, "body": {"model": "m", "prompt": "a red circle
 PICTURES = [b"first picture", b"second picture"]
 
 
-def paint(ledger, **end):
+def paint(ledger, store=None, **end):
     """What a worker does with one image job."""
-    found, store = claim(ledger, token=names.new_job_id()), RedisStore(ledger, 60)
+    found, store = claim(ledger, token=names.new_job_id()), store or RedisStore(ledger, 60)
     keys = [names.output_id(found.job_id, found.fence, index) for index in range(len(PICTURES))]
     stored = [store.put(key, data, "image/png") for key, data in zip(keys, PICTURES, strict=True)]
     outputs = [
@@ -123,7 +125,8 @@ def paint(ledger, **end):
          "hash": f"sha256:{file.sha256}", "width": 16, "height": 16, "seed": index}
         for index, file in enumerate(stored)
     ]  # fmt: skip
-    end = {"state": "completed", "response": b'{"data": []}', "outputs": outputs, "keep": keys} | end
+    end = {"state": "completed", "response": b'{"data": []}', "outputs": outputs} | end
+    end |= {"keep": keys} if store.in_ledger else {}
     ledger.complete(found.job_id, found.fence, **end)
     return found.job_id
 
@@ -139,6 +142,22 @@ def test_the_pictures_of_an_image_job_are_given_by_their_index(client, ledger):
     assert [client.output(job.id), client.output(job.id, index=1)] == PICTURES
     with pytest.raises(OutputNotFound, match="no picture 2"):
         client.output(job.id, index=2)
+
+
+def test_pictures_that_lie_in_a_bucket_are_read_from_there(make, ledger, s3):
+    kept = {"result_store": s3["result_store"], "s3": S3Settings(**s3["s3"])}
+    client = make(**kept)
+    job = client.submit(IMAGE)
+    paint(ledger, store_at(kept["result_store"], kept["s3"], ledger, 60))
+    assert [client.output(job.id), client.output(job.id, index=1)] == PICTURES
+
+
+@pytest.mark.parametrize("place", ["gs://bucket", "s3://UPPER", "redis://\n"])
+@pytest.mark.parametrize("face", [Client, AsyncClient])
+def test_a_store_that_is_none_is_refused_by_name(face, place):
+    with pytest.raises(SettingsError) as caught:
+        face(result_store=place)
+    assert caught.value.param == "result_store"
 
 
 def test_pictures_of_another_tenant_or_of_a_deleted_job_are_not_there(make, ledger):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from inferfleet.tasks.contracts import (
     MAX_TOKENS,
-    UNSUPPORTED,
+    UNSERVED,
     ChatCompletionRequest,
     JobRequest,
     body_hash,
@@ -182,11 +182,12 @@ def test_a_bad_field_is_refused_with_its_path_and_its_limit(change, param, said)
     assert inside.param == f"body.{param}"
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", UNSERVED)
 def test_what_is_not_served_is_refused_and_not_ignored(name):
     error = refusal(parse_chat, body(**{name: [1]}))
     assert (type(error), error.param) == (UnsupportedFeature, name)
-    assert parse_chat(body(**{name: None})) == parse_chat(body())
+    for same in (None, *UNSERVED[name][0]):
+        assert parse_chat(body(**{name: same})) == parse_chat(body())
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])

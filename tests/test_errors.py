@@ -30,6 +30,7 @@ CODES = {
     "file_not_found": 404,
     "file_in_use": 409,
     "output_damaged": 500,
+    "object_changed": 500,
     "webhook_endpoint_not_found": 404,
     "webhook_delivery_not_found": 404,
     "webhook_endpoint_disabled": 409,

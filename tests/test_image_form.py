@@ -5,12 +5,14 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pytest
-from fastapi import Request
+from fastapi import FastAPI, Request
 
 from inferfleet.tasks.contracts import data_url
 from inferfleet.tasks.errors import BodyTooLarge, FleetError, InvalidRequest, UnsupportedFeature, UnsupportedMediaType
+from inferfleet.tasks.settings import Settings
 from inferfleet.workers.api.image_form import parse_edit_form
 from inferfleet.workers.api.multipart import MAX_PARTS, MAX_TEXT_BYTES, Part, read_form
 
@@ -56,7 +58,9 @@ def read(raw: bytes, *, size: int = 1 << 20, limit: int = LIMIT, **headers: str)
         name.replace("_", "-"): value for name, value in headers.items()
     }
     scope = {"type": "http", "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()]}
-    return asyncio.run(read_form(Request(scope, receive), limit))
+    app = FastAPI()
+    app.state.services = SimpleNamespace(settings=Settings())
+    return asyncio.run(read_form(Request(scope | {"app": app}, receive), limit))
 
 
 def refusal(raw: bytes, **kwargs) -> FleetError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import uuid
 
 import pytest
 import redis
@@ -30,14 +31,22 @@ class Waited:
     def __getattr__(self, name):
         return lambda *args: self._loop.run_until_complete(getattr(self._store, name)(*args))
 
+    def presign(self, *args, **about):
+        return self._store.presign(*args, **about)
+
     def close(self):
         self._loop.run_until_complete(self._ledger.close())
         self._loop.close()
 
 
-@pytest.fixture(params=["redis", "async redis", "s3", "async s3", "memory"])
+SLOW = [pytest.param(f"{kind}radosgw", marks=pytest.mark.slow) for kind in ("", "async ")]
+
+
+@pytest.fixture(params=["redis", "async redis", "s3", "async s3", "memory", *SLOW])
 def store(request, redis_url, ledger):
     kept = request.getfixturevalue("s3") if "s3" in request.param else {}
+    if "radosgw" in request.param:
+        kept = request.getfixturevalue("session_radosgw").settings(f"test-{uuid.uuid4().hex}")
     settings = Settings(redis_url=redis_url, namespace="test", **kept)
     if request.param.startswith("async"):
         store = Waited(settings)
@@ -85,6 +94,19 @@ def test_a_small_and_an_empty_file_are_files_too(store):
     for key, data in (("out_1", b"x"), ("out_2", b"")):
         assert store.put(key, data, "application/jsonl").size_bytes == len(data)
         assert store.get(key, hashlib.sha256(data).hexdigest()) == data
+
+
+def test_a_link_is_given_by_stores_that_clients_may_ask(store, request):
+    # Given what every store is asked in one way
+    link = store.presign("out_1", content_type="image/png", filename="a.png", seconds=60)
+    # Then it is a link for a while, with our type and as an attachment, or none
+    if request.node.callspec.params["store"].endswith(("s3", "radosgw")):
+        assert link.startswith("http://127.0.0.1:")
+        assert "response-content-type=image%2Fpng" in link
+        assert "response-content-disposition=attachment" in link
+        assert "X-Amz-Expires=60" in link
+    else:
+        assert link is None
 
 
 def test_an_id_of_a_file_names_its_job():

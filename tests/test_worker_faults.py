@@ -204,7 +204,9 @@ def test_a_worker_outlives_a_redis_that_refuses_to_write(own_redis, tmp_path, tr
         worker = fleet.start_worker(run_slots=1)
         client = fleet.ledger.redis
         assert fleet.wait(fleet.submit("tokens=2")).state == "completed"
-        runs = until(lambda: [child for child in worker.children() if "inferfleet.workers.runs" in child.cmdline()])[0]
+        runs = until(
+            lambda: [child for child in worker.children() if "inferfleet.workers.runs.process" in child.cmdline()]
+        )[0]
 
         if trouble == "NOREPLICAS":
             client.config_set("min-replicas-to-write", 1)

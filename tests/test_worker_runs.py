@@ -9,7 +9,7 @@ from fake_pictures import picture
 from fleet import Fleet, until
 
 from inferfleet.tasks import errors
-from inferfleet.workers.runs import job_id_of
+from inferfleet.workers.runs.run import job_id_of
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from redis import exceptions
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 from inferfleet.tasks.ledger import Ledger, as_unavailable
 from inferfleet.tasks.settings import Settings
-from inferfleet.tasks.stores import S3Store, open_store
+from inferfleet.tasks.stores import Bucket, S3Store, open_store
 
 OLDEST = (6, 2)
 OVERRIDE = "or set allow_unsafe_redis = true (INFERFLEET_ALLOW_UNSAFE_REDIS=true) where losing jobs does not matter"
@@ -98,6 +98,12 @@ def check_store(settings: Settings, ledger: Ledger) -> None:
     store = open_store(settings, ledger)
     if isinstance(store, S3Store):
         store.check()
+
+
+def check_buckets(settings: Settings) -> None:
+    """Whether the buckets of batches can be asked at all: SettingsError without boto3."""
+    if settings.batch_buckets:
+        Bucket(settings.s3)
 
 
 def parsed(version: str) -> tuple[int, ...]:

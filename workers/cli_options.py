@@ -55,8 +55,7 @@ def api_client(url: str | None, key: str | None, *, quick: bool = False) -> ApiC
     """A client of the API named by flag or setting, else of the fleet that `inferfleet up` runs here, else of the
     default address."""
     settings = load_settings({"api_url": url, "api_key": key})
-    found = settings.api_url or running_fleet(data_dir(settings)).get("api_url")
-    address = found or f"http://{settings.api_host}:{settings.api_port}"
+    address = settings.api_url or running_fleet(data_dir(settings)).get("api_url") or settings.local_api_url
     secret = None if settings.api_key is None else settings.api_key.get_secret_value()
     return ApiClient(address, secret, *([SHORT] if quick else []))
 

@@ -37,7 +37,7 @@ from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.porter import Porter
 from inferfleet.workers.publisher import Publisher, publish_all
 from inferfleet.workers.resident import Resident, State
-from inferfleet.workers.runs_process import RunsProcess
+from inferfleet.workers.runs.child import RunsProcess
 from inferfleet.workers.seats import Seats
 from inferfleet.workers.turns import register_turns
 

@@ -3,8 +3,8 @@
 up ── redis-server (unless a Redis is given)
    ├─ inferfleet api
    ├─ inferfleet worker
-    ├─ inferfleet batches
-    └─ inferfleet webhooks
+   ├─ inferfleet batches
+   └─ inferfleet webhooks
 """
 
 import errno
@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from inferfleet.tasks.errors import FleetError, SetupError
 from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.settings import local_url
 from inferfleet.workers.cli_http import SHORT, ApiClient
 from inferfleet.workers.embedded import CONFIG, EmbeddedRedis, find_server, start_redis
 from inferfleet.workers.keys import digest, is_loopback, new_key
@@ -91,8 +92,7 @@ class Plan:
     @property
     def api_url(self) -> str:
         """Where this machine reaches the API."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return local_url(self.host, self.port)
 
 
 @dataclass
@@ -179,10 +179,11 @@ class Fleet:
         self.report.note(f"API key, shown this once: {key}")
 
     def _start_part(self, name: str) -> None:
-        address = ["--host", self.plan.host, "--port", str(self.plan.port)] if name == "api" else []
         flags = self.plan.flags if name in ("api", "worker") else ()  # the others serve no model
-        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *address, *flags]
-        env = {"INFERFLEET_REDIS_URL": self.redis_url}
+        command = [sys.executable, "-m", "inferfleet.workers.cli", name, *flags]
+        # The host and the port are the flags' or a free one, and batches write urls of pictures that lead to them.
+        env = {"INFERFLEET_REDIS_URL": self.redis_url, "INFERFLEET_API_HOST": self.plan.host,
+               "INFERFLEET_API_PORT": str(self.plan.port)}  # fmt: skip
         self.children[name] = start_child(name, command, log=self._log(name), env=env)
 
     def _restart(self, name: str, error: ChildFailed) -> None:

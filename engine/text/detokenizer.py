@@ -3,7 +3,8 @@
 The text given out in all equals `Tokenizer.decode` of all ids, however they were cut into calls. For a byte-level
 vocabulary that is also what the tokenizers library decodes. A byte-fallback vocabulary differs from the library
 only when a run of byte tokens is not UTF-8: the library then replaces the whole run, valid characters included,
-which nobody can know who streams; here only the bytes that are no character become U+FFFD.
+which nobody can know who streams; here only the bytes that are no character become U+FFFD. And where a Metaspace
+decoder comes after the bytes, the library takes a U+2581 that was spelt in bytes for a space; here it stays itself.
 """
 
 from __future__ import annotations

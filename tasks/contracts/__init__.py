@@ -1,7 +1,7 @@
 """What a job may ask for, checked at the door: the bodies, the job envelope around them, and one model's limits."""
 
 from inferfleet.tasks.contracts.cards import check_card, text_bytes
-from inferfleet.tasks.contracts.chat import MAX_TOKENS, UNSUPPORTED, ChatCompletionRequest, parse_chat
+from inferfleet.tasks.contracts.chat import MAX_TOKENS, UNSERVED, ChatCompletionRequest, parse_chat
 from inferfleet.tasks.contracts.contract import Contract, Priority, UnixSeconds, validated
 from inferfleet.tasks.contracts.images import (
     ImageEditRequest,
@@ -17,7 +17,7 @@ from inferfleet.tasks.contracts.webhooks import EndpointCreate, EndpointTest, En
 
 __all__ = [
     "MAX_TOKENS",
-    "UNSUPPORTED",
+    "UNSERVED",
     "Body",
     "ChatCompletionRequest",
     "Contract",

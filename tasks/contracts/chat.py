@@ -8,10 +8,12 @@ from inferfleet.tasks import strict_json
 from inferfleet.tasks.contracts.contract import (
     MAX_SEED,
     Contract,
+    Ignored,
     ModelName,
     QueueOptions,
     User,
     refused,
+    served,
     unsupported,
     validated,
 )
@@ -28,13 +30,29 @@ MAX_STOP_TOKEN_IDS = 32
 #: Of one request: n * max_tokens as well.
 MAX_TOKENS = 1 << 20
 
-#: Parts of the OpenAI API that would change the answer: refused, never silently dropped.
-UNSUPPORTED = (
-    "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "audio", "modalities", "prediction",
-    "web_search_options", "reasoning_effort", "verbosity", "store", "prompt_logprobs", "chat_template",
-)  # fmt: skip
+#: OpenAI's fields that nothing here answers to: the values that change nothing, and what to say to any other.
+UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), "tools are not called here"),
+    "tool_choice": (("auto", "none"), "tools are not called here"),
+    "parallel_tool_calls": ((True, False), "tools are not called here"),
+    "functions": (([],), "tools are not called here"),
+    "function_call": (("auto", "none"), "tools are not called here"),
+    "audio": ((), "only text is answered"),
+    "modalities": ((["text"],), "only text is answered"),
+    "prediction": ((), "leave it out, the answer is the same"),
+    "web_search_options": ((), "nothing is searched here"),
+    "reasoning_effort": ((), "use chat_template_kwargs.enable_thinking where the model has it"),
+    "verbosity": (("medium",), "say it in the messages"),
+    "store": ((False,), "submit a job to have the answer kept"),
+    "prompt_logprobs": ((), "only the answer's logprobs are"),
+    "chat_template": ((), "the model's own template is used"),
+}
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
+]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -125,9 +143,7 @@ class ChatCompletionRequest(QueueOptions):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     #: Token ids (as text, JSON has no other keys) -> -100..100.
-    logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
-    ) = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -143,19 +159,16 @@ class ChatCompletionRequest(QueueOptions):
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     user: User | None = None
+    #: Taken and without effect: equal prefixes are found without a key.
+    prompt_cache_key: Ignored | None = None
+    safety_identifier: Ignored | None = None
     #: Which slice of a MatFormer answers; None = what the worker's settings say.
     matformer_slice: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def refuse_unsupported(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name in UNSUPPORTED:
-            if body.get(name) is not None:
-                raise unsupported(f"{name} is not served", name)
-        # A null is the SDK's way of saying "not given".
-        return {name: value for name, value in body.items() if name not in UNSUPPORTED}
+    def refuse_unserved(cls, body: Any) -> Any:
+        return served(body, UNSERVED)
 
     @field_validator("logit_bias")
     @classmethod

@@ -34,6 +34,8 @@ Tier = Literal["auto", "default", "flex", "priority"]
 WebhookWord = Literal["completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output"]
 WebhookWords = Annotated[list[WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS))]
 User = Annotated[str, Field(max_length=512)]
+#: Taken for the sake of clients that send it.
+Ignored = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=MAX_METADATA),
@@ -125,6 +127,7 @@ def described(error: ValidationError) -> InvalidRequest:
     param = strict_json.dotted(tuple(part for part in path if part != "[key]"))
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field {param}", param=param)
-    message = first["msg"] if first["type"] in ("refused", "unsupported") else f"{param or 'body'}: {first['msg']}"
+    said = "Input should be an object" if first["type"] in ("model_type", "dict_type") else first["msg"]
+    message = said if first["type"] in ("refused", "unsupported") else f"{param or 'body'}: {said}"
     kind = UnsupportedFeature if first["type"] == "unsupported" else InvalidRequest
     return kind(message, param=param)

@@ -73,7 +73,9 @@ class ImageRequest(QueueOptions):
     #: Pictures; the i-th, counted from 0, is made from seed + i.
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
     #: "WIDTHxHEIGHT", or "auto" for the model's default. Instead of width and height.
-    size: Annotated[str, Field(max_length=16)] | None = None
+    size: Annotated[str, Field(max_length=16)] | None = Field(
+        default=None, json_schema_extra={"pattern": f"^(auto|{SIZE.pattern})$"}
+    )
     width: Side | None = None
     height: Side | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_INFERENCE_STEPS)] | None = None
@@ -163,7 +165,7 @@ class ImageEditRequest(ImageRequest):
     """The body of POST /v1/images/edits: a picture that the new one starts from."""
 
     #: data:image/png;base64,... (or jpeg, webp). It is scaled and cut at its centre to the new picture's size.
-    image: Annotated[str, Field(max_length=MAX_INIT_CHARS)]
+    image: Annotated[str, Field(max_length=MAX_INIT_CHARS, json_schema_extra={"pattern": f"^{DATA_URL.pattern}"})]
     #: How much of it is replaced.
     strength: Annotated[float, Field(gt=0, le=1)] = DEFAULT_STRENGTH
 

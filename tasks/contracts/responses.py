@@ -13,13 +13,13 @@ from pydantic import Field, Tag, ValidationError, model_validator
 from inferfleet.tasks import strict_json
 from inferfleet.tasks.contracts.chat import (
     EITHER,
-    MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOKEN_ID,
     MAX_TOKENS,
     ChatCompletionRequest,
+    LogitBias,
     ResponseFormat,
     Stop,
     TemplateKwargs,
@@ -28,6 +28,7 @@ from inferfleet.tasks.contracts.chat import (
 from inferfleet.tasks.contracts.contract import (
     MAX_SEED,
     Contract,
+    Ignored,
     ModelName,
     QueueOptions,
     User,
@@ -59,7 +60,6 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
 
 Id = Annotated[str, Field(min_length=1, max_length=128)]
-Ignored = Annotated[str, Field(max_length=512)]
 
 
 class InputPart(Contract):
@@ -145,9 +145,7 @@ class ResponseRequest(QueueOptions):
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
-    ) = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None

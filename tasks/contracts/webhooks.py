@@ -12,7 +12,8 @@ Url = Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 EventType = Literal[
     "job.completed", "job.failed", "job.cancelled", "job.expired", "job.incomplete", "job.started", "job.progress",
-    "job.output",
+    "job.output", "response.completed", "response.failed", "response.cancelled", "response.incomplete",
+    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
 ]  # fmt: skip
 EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(names.WEBHOOK_EVENTS))]
 

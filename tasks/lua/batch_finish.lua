@@ -1,7 +1,7 @@
 -- All lines have ended: first say so (finalizing), then, with the tail empty, end the batch and show its files.
 -- Writes batch, batches:*, users, file, files, expiring, owners, parts.
 -- ARGV: id, fence, how far (finalizing | end), output file id, its name, error file id, its name,
---       seconds that the files live, keep_ms of the record
+--       seconds that the files live, keep_ms of the record, then field, value, ... of what else is to be said at the end
 -- Answers stale | open (lines or a tail are left) | the status
 local batch = load_batch(ARGV[1])
 if not batch or batch.fence ~= ARGV[2] then return 'stale' end
@@ -21,6 +21,7 @@ local function show(kind, file_id, name, bytes)
 end
 show('output', ARGV[4], ARGV[5], batch.output_bytes)
 show('error', ARGV[6], ARGV[7], batch.error_bytes)
+for i = 10, #ARGV, 2 do redis.call('HSET', batch.key, ARGV[i], ARGV[i + 1]) end
 disown(batch.id, batch.id)
 redis.call('DEL', P .. 'batch_done:' .. batch.id, P .. 'batch_only:' .. batch.id)
 local verdict = (batch.overdue or '') ~= '' and 'expired' or 'completed'

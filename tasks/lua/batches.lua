@@ -32,9 +32,12 @@ local function set_status(batch, status)
   redis.call('HSET', batch.key, 'status', status, status .. '_ms', whole(NOW))
 end
 
--- The only way into a terminal status.
+-- The only way into a terminal status, and so the one event that a batch sends.
 local function end_batch(batch, status, keep_ms)
   set_status(batch, status)
+  local webhook = wants(batch.webhook_events or '', status) and batch.webhook or ''
+  send_event({tenant = batch.tenant, subject = batch.id, type = 'batch.' .. status, key = 'end', tries = '',
+    data = '{"id":"' .. batch.id .. '","status":"' .. status .. '","seq":0}'}, webhook)
   redis.call('ZREM', P .. 'batches:open', batch.id)
   redis.call('ZADD', P .. 'batches:ended', whole(NOW + tonumber(keep_ms)), batch.id)
   redis.call('SREM', P .. 'users:' .. batch.input_file_id, batch.id)

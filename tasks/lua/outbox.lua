@@ -129,21 +129,37 @@ local function forget_progress(job, webhook)
   end
 end
 
+-- The end of a job of /v1/responses is told as OpenAI tells it: of the response that the job has made, which fails
+-- where a job expires. Answers id, word and more members of data.
+local function as_response(job, word)
+  local response = 'resp_' .. string.gsub(job.id, '^job_', '', 1)
+  return response, word == 'expired' and 'failed' or word, ',"job_id":"' .. job.id .. '"'
+end
+
 -- Declared in records.lua. What has just become of a job, for whoever wants to hear of it. The last event of its log
 -- gives the number. `word`: the end's state, started, progress or output; `more`: JSON members of data, or ''
 tell = function(job, word, more)
-  local seen = redis.call('HMGET', job.key, 'webhook', 'webhook_events', 'custom_id', 'told_ms', 'batch')
+  local seen = redis.call('HMGET', job.key, 'webhook', 'webhook_events', 'custom_id', 'told_ms', 'batch', 'endpoint')
   if (seen[5] or '') ~= '' then return end  -- a line of a batch, which tells for all of them
   local webhook, told = seen[1] or '', number(seen[4])
   if webhook == '' and redis.call('EXISTS', P .. 'endpoints:' .. job.tenant) == 0 then return end
   if TERMINAL[word] and told then forget_progress(job, webhook) end
-  if not wants(seen[2] or '', word) then webhook = '' end
+
+  local kind, id, said = 'job', job.id, word
+  if TERMINAL[word] and seen[6] == '/v1/responses' then
+    kind = 'response'
+    local names
+    id, said, names = as_response(job, word)
+    more = names .. more
+  end
+  if not wants(seen[2] or '', word) and not wants(seen[2] or '', said) then webhook = '' end
 
   local seq = whole(tonumber(job.next_seq) - 1)
   local name = (seen[3] or '') ~= '' and ',"custom_id":' .. cjson.encode(seen[3]) or ''
-  local event = {tenant = job.tenant, subject = job.id, type = 'job.' .. word, key = seq,
+  local event = {tenant = job.tenant, subject = job.id, type = kind .. '.' .. said, key = seq,
     tries = HOOK_TRIES[word] or '',
-    data = '{"id":"' .. job.id .. '","status":"' .. job.state .. '","seq":' .. seq .. name .. more .. '}'}
+    data = '{"id":"' .. id .. '","status":"' .. (kind == 'job' and job.state or said) .. '","seq":' .. seq .. name ..
+      more .. '}'}
   if word == 'progress' then
     event.slot = progress_slot(job)
     event.due = math.max(NOW, (told or 0) + HOOK_PROGRESS_GAP_MS)

@@ -8,8 +8,11 @@
 --   owners:<shelf>       set   files and batches that need it; without one it is dropped
 --   users:<file>         set   batches that have not ended and read it
 
--- Keep one part. A file in this Redis was written to die by itself, and lives on from here.
+-- Keep one part, in the place of what an earlier run may have put there. A file in this Redis was written to die by
+-- itself, and lives on from here.
 local function shelve(shelf, n, key, part, in_ledger)
+  local before = redis.call('HGET', P .. 'parts:' .. shelf, n)
+  if before and cjson.decode(before).key ~= key then drop_files({cjson.decode(before).key}) end
   if in_ledger ~= '' then
     if redis.call('EXISTS', P .. 'output:' .. key) == 0 then return 'missing' end
     redis.call('PERSIST', P .. 'output:' .. key)
@@ -43,6 +46,16 @@ local function drop_file(id, file)
   if file.idem ~= '' then redis.call('DEL', P .. 'idem:' .. file.idem) end
   redis.call('UNLINK', P .. 'file:' .. id, P .. 'users:' .. id)
   return disown(file.shelf, id)
+end
+
+-- Begin a file that is on its way; without an end it is forgotten after ttl_ms.
+local function open_file(id, tenant, filename, purpose, ttl_ms)
+  if redis.call('EXISTS', P .. 'file:' .. id) == 1 then return end
+  redis.call('HSET', P .. 'file:' .. id, 'tenant', tenant, 'filename', filename, 'purpose', purpose,
+    'status', 'uploading', 'bytes', '0', 'created_ms', whole(NOW), 'expires_ms', whole(NOW + tonumber(ttl_ms)),
+    'shelf', id, 'kind', '', 'idem', '', 'body_hash', '')
+  redis.call('ZADD', P .. 'expiring', whole(NOW + tonumber(ttl_ms)), id)
+  redis.call('SADD', P .. 'owners:' .. id, id)
 end
 
 -- Show a file to its tenant for so many seconds.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from inferfleet.tasks.errors import (
     FleetError,
+    ObjectChanged,
     OutputDamaged,
     OutputNotFound,
     SettingsError,
@@ -134,23 +135,27 @@ class S3Store:
         return getattr(self._client, verb)(Bucket=self._bucket, **arguments)
 
     def _persist(self, attempt: Callable[[], T]) -> T:
-        """The result of `attempt`, which may be made again. A file that arrives damaged may have been damaged on its
-        way, so it is asked for again too."""
-        give_up = time.monotonic() + self._settings.deadline_seconds
-        wait, num_damaged = FIRST_WAIT, 0
-        while True:
-            try:
-                return attempt()
-            except Exception as error:
-                verdict = judged(error)
-                pause = wait * random.uniform(0.5, 1.0)
-                num_damaged += isinstance(verdict, OutputDamaged)
-                hopeful = isinstance(verdict, StoreUnavailable) and not isinstance(verdict, StoreMisconfigured)
-                hopeful = hopeful or 0 < num_damaged < MAX_DAMAGED
-                if not hopeful or time.monotonic() + pause >= give_up:
-                    raise verdict from error
-            time.sleep(pause)
-            wait = min(2 * wait, LONGEST_WAIT)
+        return persist(attempt, self._settings)
+
+
+def persist(attempt: Callable[[], T], settings: "S3Settings") -> T:
+    """The result of `attempt`, which may be made again. A file that arrives damaged may have been damaged on its way,
+    so it is asked for again too. Raises what `judged` makes of an error."""
+    give_up = time.monotonic() + settings.deadline_seconds
+    wait, num_damaged = FIRST_WAIT, 0
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            verdict = judged(error)
+            pause = wait * random.uniform(0.5, 1.0)
+            num_damaged += isinstance(verdict, OutputDamaged)
+            hopeful = isinstance(verdict, StoreUnavailable) and not isinstance(verdict, StoreMisconfigured)
+            hopeful = hopeful or 0 < num_damaged < MAX_DAMAGED
+            if not hopeful or time.monotonic() + pause >= give_up:
+                raise verdict from error
+        time.sleep(pause)
+        wait = min(2 * wait, LONGEST_WAIT)
 
 
 class AsyncS3Store:
@@ -244,6 +249,8 @@ def judged_answer(error: Any) -> FleetError:
     code = error.response.get("Error", {}).get("Code", "")
     if code == "NoSuchKey" or (code in ("404", "NotFound") and error.operation_name == "HeadObject"):
         return OutputNotFound(param="output_id")
+    if status == 412:
+        return ObjectChanged()
     if code in WRONG_SETUP or status in (301, 401, 403, 404):
         return StoreMisconfigured(f"the store (S3) refuses: {code or status}", param="s3", retry_after=30)
     return StoreUnavailable(f"the store (S3) cannot do this now: {code or status}", retry_after=5)

@@ -7,21 +7,25 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from inferfleet.tasks import batches, files, strict_json
+from inferfleet.tasks import batches, files, names, strict_json
 from inferfleet.tasks.batches import BatchRecord, Idempotency, Results
 from inferfleet.tasks.calls import check_idempotency_key, idempotency_digest
 from inferfleet.tasks.contracts import validated
 from inferfleet.tasks.contracts.batches import MAX_LINES, BatchRequest, RetryRequest, window_seconds
-from inferfleet.tasks.errors import BatchNotFound, OutputNotFound
+from inferfleet.tasks.contracts.contract import ENDPOINT_ID
+from inferfleet.tasks.errors import BatchNotFound, OutputNotFound, UrlNotAllowed
+from inferfleet.tasks.s3_url import lies_in
+from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.shelf import unmarked
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
-from inferfleet.workers.api.files import chained, known_file, listed
-from inferfleet.workers.api.parameters import only_known_parameters
+from inferfleet.workers.api.files import chained, listed
+from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
+from inferfleet.workers.webhooks.guard import Policy
 
 router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
 
@@ -30,7 +34,7 @@ POLL_AFTER_MS = "2000"
 TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 
-def known_batch(batch_id: str) -> str:
+def known_batch(batch_id: Annotated[str, path_id(batches.BATCH_ID.pattern)]) -> str:
     """An id that no batch can have is not found, like any other that is not there."""
     if not batches.BATCH_ID.fullmatch(batch_id):
         raise BatchNotFound(param="batch_id")
@@ -45,7 +49,9 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
     """Run the lines of an uploaded file. Sent again by the OpenAI SDK after a lost answer, or under the same
     Idempotency-Key, it is still one batch."""
     asked = await read_contract(request, use.settings.max_body_bytes, _parse_batch)
-    known_file(asked.input_file_id)
+    check_places(use.settings, tenant, asked)
+    if asked.webhook is not None and not ENDPOINT_ID.fullmatch(asked.webhook):
+        Policy.of(use.settings).url(asked.webhook)
     keep = asked.output_expires_after.seconds if asked.output_expires_after else files.DEFAULT_SECONDS
     digest = body_digest("batch", asked.model_dump_json())
     batch_id, replayed = await use.ledger.run(
@@ -57,9 +63,13 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
             window_seconds=asked.window_seconds,
             endpoint=asked.endpoint,
             keep_seconds=keep,
-            input_file_id=asked.input_file_id,
+            input_file_id=None if asked.input_url else asked.input_file_id,
+            input_url=asked.input_url,
+            output_url_prefix=asked.output_url_prefix,
             metadata=asked.metadata,
             priority=asked.priority or 0,
+            webhook=asked.webhook,
+            webhook_words=asked.webhook_events_filter or names.BATCH_ENDS,
             idempotency=idempotency_of(request, tenant, digest),
         )
     )
@@ -70,7 +80,7 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
 async def list_batches(
     tenant: Tenant,
     use: Use,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(batches.BATCH_ID.pattern)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
     """The caller's batches, newest first."""
@@ -112,9 +122,12 @@ async def retry_batch(request: Request, batch_id: BatchId, tenant: Tenant, use: 
             endpoint=parent.endpoint,
             keep_seconds=parent.keep_seconds,
             retry_of=batch_id,
+            output_url_prefix=parent.output_url_prefix,
             custom_ids=asked.custom_ids,
             metadata=parent.metadata,
             priority=parent.priority,
+            webhook=parent.webhook,
+            webhook_words=parent.webhook_words,
             idempotency=idempotency_of(request, tenant, digest),
         )
     )
@@ -182,8 +195,25 @@ def batch_object(record: BatchRecord) -> dict[str, Any]:
             "total_tokens": record.input_tokens + record.output_tokens,
         },
         "metadata": record.metadata,
-        "x_fleet": {"priority": record.priority, "retry_of": record.retry_of},
+        "x_fleet": {
+            "priority": record.priority,
+            "retry_of": record.retry_of,
+            "input_url": record.input_url,
+            "output_url_prefix": record.output_url_prefix,
+            "output_url": record.output_url,
+            "error_url": record.error_url,
+            "output_problem": record.output_problem,
+        },
     }
+
+
+def check_places(settings: Settings, tenant: str, asked: BatchRequest) -> None:
+    """Raises UrlNotAllowed for a place in a bucket that the settings do not give this tenant."""
+    allowed = settings.batch_buckets.get(tenant, [])
+    places = {"input_file_id": asked.input_url, "output_url_prefix": asked.output_url_prefix}
+    for param, text in places.items():
+        if text is not None and not lies_in(text, allowed):
+            raise UrlNotAllowed(f"{param}: batch_buckets does not give this place to the tenant", param=param)
 
 
 def idempotency_of(request: Request, tenant: str, digest: str) -> Idempotency | None:

@@ -11,10 +11,13 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from inferfleet.tasks.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from inferfleet.tasks.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
+from inferfleet.workers.api.services import services
 
 #: A client that overshoots still has to read our 413: what it is sending is thrown away for this long before we close.
 LINGER_SECONDS = 1.0
+#: Below this rate a body is too slow, whatever its size; read_timeout_seconds is the head start that it gets.
+MIN_BYTES_PER_SECOND = 1024
 #: A larger body is parsed in a thread, so that others are answered meanwhile.
 INLINE_BYTES = 64 * 1024
 
@@ -41,7 +44,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 async def parts_of(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The raw body as it arrives; a declared length is refused unread, a chunked one when it crosses `limit`.
 
-    Raises BodyTooLarge, InvalidRequest.
+    Raises BodyTooLarge, InvalidRequest, RequestTimeout.
     """
     declared = request.headers.get("content-length")
     if declared is not None:
@@ -51,11 +54,32 @@ async def parts_of(request: Request, limit: int) -> AsyncIterator[bytes]:
             await _linger(request, limit)
             raise BodyTooLarge(_too_large(limit))
     size = 0
-    async for part in request.stream():
+    async for part in _in_time(request):
         size += len(part)
         if size > limit:
             await _linger(request, limit)
             raise BodyTooLarge(_too_large(limit))
+        yield part
+
+
+async def _in_time(request: Request) -> AsyncIterator[bytes]:
+    """The body's parts. Only time spent waiting for the client counts. Raises RequestTimeout."""
+    patience, loop = services(request).settings.read_timeout_seconds, asyncio.get_running_loop()
+    size, waited, parts = 0, 0.0, request.stream()
+    while True:
+        started = loop.time()
+        try:
+            async with asyncio.timeout(patience + min(0.0, size / MIN_BYTES_PER_SECOND - waited)):
+                part = await anext(parts)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise RequestTimeout(
+                f"the body came too slowly: {size} bytes in {waited + loop.time() - started:.0f} s; after "
+                f"{patience:g} s (read_timeout_seconds) it has to come at {MIN_BYTES_PER_SECOND} bytes/s"
+            ) from None
+        waited += loop.time() - started
+        size += len(part)
         yield part
 
 
@@ -78,18 +102,17 @@ async def _linger(request: Request, limit: int) -> None:
 
 
 def media_type(request: Request) -> str:
-    """The body's type by its header, in lower case and without parameters; "none" without a header."""
+    """The body's type by its header, in lower case and without parameters; empty without a header."""
     header = _content_type(request)
-    return header.get_content_type() if header["content-type"] else "none"
+    return header.get_content_type() if header["content-type"] else ""
 
 
 def check_json(request: Request, *, besides: str = "") -> None:
     """Raises UnsupportedMediaType; `besides` is what else the route takes, for the message."""
     found = media_type(request)
     if found != "application/json" and not found.endswith("+json"):
-        raise UnsupportedMediaType(
-            f"Content-Type must be application/json{besides}, not {found[:100]!r}", param="Content-Type"
-        )
+        given = f"is {found[:100]!r}" if found else "is missing"
+        raise UnsupportedMediaType(f"Content-Type {given}; it must be application/json{besides}", param="Content-Type")
     charset = _content_type(request).get_content_charset("utf-8")
     if charset.replace("_", "-") not in ("utf-8", "utf8"):
         raise UnsupportedMediaType(f"the charset must be utf-8, not {charset[:40]!r}", param="Content-Type")

@@ -8,7 +8,8 @@ from starlette.responses import Response
 from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.workers.api import openapi_dead
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.jobs import JobId, known_id, only_known_parameters
+from inferfleet.workers.api.jobs import JOB_ID, JobId, known_id, only_known_parameters
+from inferfleet.workers.api.parameters import query_id
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Use
 from inferfleet.workers.api.showing import job_response, shown
@@ -22,7 +23,7 @@ async def list_dead_letters(
     tenant: Tenant,
     use: Use,
     model: Annotated[str | None, Query(max_length=256, description="only jobs of this model")] = None,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(JOB_ID.pattern)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
 ) -> Response:
     """The caller's dead letters, newest first."""

@@ -15,7 +15,7 @@ from inferfleet.tasks.files import FileRecord
 from inferfleet.tasks.shelf import selected
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.parameters import only_known_parameters
+from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.upload import Upload
@@ -24,7 +24,7 @@ from inferfleet.workers.api.waiting import CLIENT_LEFT
 router = APIRouter(prefix="/v1/files", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
 
 
-def known_file(file_id: str) -> str:
+def known_file(file_id: Annotated[str, path_id(files.FILE_ID.pattern)]) -> str:
     """An id that no file can have is not found, like any other that is not there."""
     if not files.FILE_ID.fullmatch(file_id):
         raise FileNotFound(param="file_id")
@@ -54,7 +54,7 @@ async def list_files(
     tenant: Tenant,
     use: Use,
     purpose: Annotated[str | None, Query(max_length=64, description="only files of this purpose")] = None,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(files.FILE_ID.pattern)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="of which a page holds 1000 at most")] = 1000,
     order: Annotated[Literal["asc", "desc"], Query(description="by age; desc = newest first")] = "desc",
 ) -> Response:

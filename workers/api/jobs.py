@@ -18,6 +18,7 @@ from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.door import sealed
+from inferfleet.workers.api.parameters import path_id, query_id
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
@@ -37,7 +38,7 @@ def only_known_parameters(request: Request) -> None:
             raise InvalidRequest(f"unknown query parameter {name[:100]!r}", param=name[:100])
 
 
-def known_id(job_id: str) -> str:
+def known_id(job_id: Annotated[str, path_id(JOB_ID.pattern)]) -> str:
     """An id that no job can have is not found, like any other that is not there."""
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFound(param="job_id")
@@ -65,7 +66,9 @@ async def create_job(request: Request, tenant: Tenant, use: Use) -> Response:
 
 
 @router.put("/{job_id}", status_code=202, openapi_extra=openapi.PUT_JOB)
-async def put_job(job_id: str, request: Request, tenant: Tenant, use: Use) -> Response:
+async def put_job(
+    job_id: Annotated[str, path_id(JOB_ID.pattern)], request: Request, tenant: Tenant, use: Use
+) -> Response:
     """Queue a job under an id of the caller's choice, `job_` and 32 hexadecimal digits. Repeating it is safe."""
     if not JOB_ID.fullmatch(job_id):
         raise InvalidRequest("a job id is job_ and 32 lower-case hexadecimal digits", param="job_id")
@@ -81,7 +84,7 @@ async def list_jobs(
     use: Use,
     status: Annotated[names.State | None, Query(description="only jobs in this state")] = None,
     model: Annotated[str | None, Query(max_length=256, description="only jobs of this model")] = None,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(JOB_ID.pattern)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
 ) -> Response:
     """The caller's jobs, newest first, without their answers. `metadata[KEY]=VALUE` filters too."""

@@ -142,7 +142,9 @@ class _Form:
         part = self.parts[-1]
         part.data += data[start:end]
         if not part.is_file and len(part.data) > MAX_TEXT_BYTES:
-            raise BodyTooLarge(f"{part.name} is larger than the limit of {MAX_TEXT_BYTES} bytes of a text field")
+            raise BodyTooLarge(
+                f"{part.name} is larger than the limit of {MAX_TEXT_BYTES} bytes of a text field", param=part.name
+            )
 
     def on_end(self) -> None:
         self.ended = True

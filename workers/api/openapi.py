@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from inferfleet.tasks.contracts import (
@@ -134,7 +134,15 @@ class JobPageAnswer(BaseModel):
 
 
 class JobUpdate(Contract):
-    """What may change while a job waits. Lower priority runs first."""
+    """What may change while a job waits; at least one. Lower priority runs first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": "number"}}} for name in ("priority", "deadline")
+            ]
+        }
+    )
 
     priority: Priority | None = None
     #: Unix seconds.
@@ -205,9 +213,11 @@ def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     """Those of one route: its own, the errors that it names, and those that any route may give."""
     texts = {
         400: "the body is not JSON", 403: "the url's signature does not fit, or it has expired",
+        408: "the body came too slowly",
         404: "unknown model or job", 409: "the job's state, or a reused key, forbids it", 413: "the body is too large",
         415: "not a media type of this route", 422: "a field is wrong: `param` names it",
         429: "the queue is full: see Retry-After", 504: "the job's time was over",
+        500: "the job failed, or its file is damaged: `code` says why",
         502: "the receiver of a webhook gave no answer",
     }  # fmt: skip
     named = {str(status): answer(texts[status], ErrorAnswer) for status in errors}
@@ -216,16 +226,23 @@ def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     return {"responses": extra | named | always}
 
 
-def header(name: str, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+def header(name: str, text: str, **schema: Any) -> dict[str, Any]:
+    schema = {"type": "string", **schema}
+    return {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
 
 
-KEY = header("Idempotency-Key", "1 to 255 printable characters; the same key and body give the same job")
+def key_header(what: str) -> dict[str, Any]:
+    """A space at either end of a header is not part of it."""
+    text = f"1 to 255 printable characters; the same key and body give the same {what}"
+    return header("Idempotency-Key", text, pattern="^[!-~]([ -~]{0,253}[!-~])?$", maxLength=255)
+
+
+KEY = key_header("job")
 PREFER = header("Prefer", "`respond-async`: answer 202 at once; `wait=N`: answer 202 after N seconds, at most 60")
 
 _JOB = answer("the job", Job)
 _ACCEPTED = answer("the job; poll its `Location`", Job)
-BODY_ERRORS = (400, 413, 415, 422)
+BODY_ERRORS = (400, 408, 413, 415, 422)
 
 CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
     {
@@ -238,7 +255,7 @@ CHAT = body(ChatCompletionRequest) | {"parameters": [KEY, PREFER]} | answers(
         },
         "202": _ACCEPTED,
     },
-    *BODY_ERRORS, 404, 409, 429, 504,
+    *BODY_ERRORS, 404, 409, 429, 500, 504,
 )  # fmt: skip
 _STREAMED = {
     "description": "the response; with `stream` its events as server-sent events with `sequence_number`",
@@ -248,7 +265,7 @@ _STREAMED = {
     },
 }
 CREATE_RESPONSE = body(ResponseRequest) | {"parameters": [KEY]} | answers(
-    {"200": _STREAMED}, *BODY_ERRORS, 404, 409, 429, 504
+    {"200": _STREAMED}, *BODY_ERRORS, 404, 409, 429, 500, 504
 )  # fmt: skip
 GET_RESPONSE = answers({"200": _STREAMED}, 404, 422)
 CANCEL_RESPONSE = answers({"200": answer("the response, cancelled or as it ended", ResponseAnswer)}, 404, 422)
@@ -256,7 +273,7 @@ DELETE_RESPONSE = answers({"200": {"description": "gone"}}, 404, 409)
 INPUT_ITEMS = answers({"200": answer("one page", InputItems)}, 404, 422)
 _IMAGE_ANSWERS = answers(
     {"200": answer("the pictures, as urls or in base64", ImagesAnswer), "202": _ACCEPTED},
-    *BODY_ERRORS, 404, 409, 429, 504,
+    *BODY_ERRORS, 404, 409, 429, 500, 504,
 )  # fmt: skip
 IMAGES = body(ImageGenerationRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
 EDITS = body(ImageEditRequest) | {"parameters": [KEY, PREFER]} | _IMAGE_ANSWERS
@@ -271,7 +288,7 @@ OUTPUT = answers(
         "307": {"description": "the file is there for a minute: s3.public_links is set"},
         "304": {"description": "the client has it: its ETag was in If-None-Match"},
     },
-    403, 404, 422,
+    403, 404, 422, 500,
 )  # fmt: skip
 CREATE_JOB = body(JobRequest) | {"parameters": [KEY, PREFER]} | answers(
     {"200": answer("the job, which has ended", Job), "202": _ACCEPTED}, *BODY_ERRORS, 404, 409, 429
@@ -289,7 +306,7 @@ RESULT = answers(
             "content": {"application/json": {"schema": {"oneOf": [ref(ChatCompletion), ref(ImagesAnswer)]}}},
         }
     },
-    404, 409, 504,
+    404, 409, 500, 504,
 )  # fmt: skip
 EVENTS = answers(
     {

@@ -5,12 +5,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from inferfleet.tasks.batches import Status
-from inferfleet.tasks.contracts.batches import BatchRequest, FileFields, RetryRequest
-from inferfleet.workers.api.openapi import answer, answers, body, header, ref
+from inferfleet.tasks.contracts.batches import BatchRequest, ExpiresAfter, FileFields, RetryRequest
+from inferfleet.workers.api.openapi import BODY_ERRORS, answer, answers, body, key_header, ref
 
 FORM = "FileForm"
-KEY = header("Idempotency-Key", "1 to 255 printable characters; the same key and body give the same object")
-_BODY_ERRORS = (400, 413, 415, 422)
+KEY = key_header("object")
 
 
 class FileAnswer(BaseModel):
@@ -58,10 +57,16 @@ class BatchCounts(BaseModel):
 
 
 class BatchFacts(BaseModel):
-    """What is not OpenAI's: the priority among batches, and the batch whose failed lines this one runs again."""
+    """What is not OpenAI's: the priority among batches, the batch whose failed lines this one runs again, and the
+    places in buckets: of its input, and of its files or why these could not be written."""
 
     priority: int
     retry_of: str | None
+    input_url: str | None
+    output_url_prefix: str | None
+    output_url: str | None
+    error_url: str | None
+    output_problem: str | None
 
 
 class BatchAnswer(BaseModel):
@@ -108,16 +113,23 @@ MODELS: tuple[type[BaseModel], ...] = (
 def forms(schemas: dict[str, Any]) -> dict[str, Any]:
     """The schemas of forms, from those of their text fields."""
     fields = schemas[FileFields.__name__]
-    properties = {**fields["properties"], "file": {"type": "string", "format": "binary"}}
-    text = "An upload; expires_after is written as expires_after[anchor] and expires_after[seconds]."
-    form = {**fields, "title": FORM, "description": text, "properties": properties}
+    expiry = schemas[ExpiresAfter.__name__]["properties"]
+    anchor, seconds = (f"expires_after[{name}]" for name in ("anchor", "seconds"))
+    properties = {
+        "purpose": fields["properties"]["purpose"],
+        anchor: expiry["anchor"],
+        seconds: expiry["seconds"],
+        "file": {"type": "string", "format": "binary", "minLength": 1},
+    }
+    both = {anchor: [seconds], seconds: [anchor]}
+    form = {**fields, "title": FORM, "description": "An upload.", "properties": properties, "dependentRequired": both}
     return {FORM: {**form, "required": [*fields["required"], "file"]}}
 
 
 CREATE_FILE = {
     "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": ref(FORM)}}},
     "parameters": [KEY],
-} | answers({"200": answer("the file", FileAnswer)}, *_BODY_ERRORS, 409)
+} | answers({"200": answer("the file", FileAnswer)}, *BODY_ERRORS, 409)
 LIST_FILES = answers({"200": answer("one page", FilePageAnswer)}, 404, 422)
 GET_FILE = answers({"200": answer("the file", FileAnswer)}, 404)
 FILE_CONTENT = answers(
@@ -131,13 +143,13 @@ FILE_CONTENT = answers(
 )
 DELETE_FILE = answers({"200": {"description": "gone"}}, 404, 409)
 _BATCH = answer("the batch", BatchAnswer)
-CREATE_BATCH = body(BatchRequest) | {"parameters": [KEY]} | answers({"200": _BATCH}, *_BODY_ERRORS, 404, 409)
+CREATE_BATCH = body(BatchRequest) | {"parameters": [KEY]} | answers({"200": _BATCH}, *BODY_ERRORS, 404, 409)
 LIST_BATCHES = answers({"200": answer("one page", BatchPageAnswer)}, 404, 422)
 GET_BATCH = answers({"200": _BATCH}, 404)
 CANCEL_BATCH = answers({"200": answer("the batch, cancelling or cancelled", BatchAnswer)}, 404, 409)
 RETRY_BATCH = (
     body(RetryRequest)
     | {"parameters": [KEY]}
-    | answers({"200": answer("the new batch", BatchAnswer)}, *_BODY_ERRORS, 404, 409)
+    | answers({"200": answer("the new batch", BatchAnswer)}, *BODY_ERRORS, 404, 409)
 )
 RESULTS = answers({"200": answer("lines as JSON, one each", media="application/x-ndjson")}, 404, 422)

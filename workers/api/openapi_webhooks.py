@@ -56,7 +56,9 @@ class WebhookDelivery(BaseModel):
     object: str
     event_id: str
     event_type: str
+    #: The job or the batch that it tells of; a test has neither.
     job_id: str | None
+    batch_id: str | None
     #: None = a URL that the job brought along.
     webhook_endpoint_id: str | None
     url: str | None

@@ -13,6 +13,7 @@ from inferfleet.tasks.errors import JobNotFound, OutputNotFound
 from inferfleet.tasks.records import JobRecord
 from inferfleet.workers.api.auth import bearer, tenant
 from inferfleet.workers.api.openapi import OUTPUT
+from inferfleet.workers.api.parameters import path_id
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.signing import check_signature
 
@@ -21,6 +22,7 @@ router = APIRouter(tags=["jobs"])
 #: How long a link to the store works.
 LINK_SECONDS = 60
 
+OutputId = Annotated[str, path_id(names.OUTPUT_ID.pattern)]
 Expires = Annotated[str | None, Query(max_length=20, description="Unix seconds, as the url came")]
 Signature = Annotated[str | None, Query(max_length=128, description="as the url came")]
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
@@ -28,7 +30,7 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 @router.get("/v1/outputs/{output_id}", openapi_extra=OUTPUT)
 async def get_output(
-    output_id: str, request: Request, use: Use, key: Bearer, expires: Expires = None, signature: Signature = None
+    output_id: OutputId, request: Request, use: Use, key: Bearer, expires: Expires = None, signature: Signature = None
 ) -> Response:
     """A picture's file. Its url needs no API key while its signature holds; without one a key is asked for."""
     record, output = await _find(output_id, request, use, key, expires, signature)
@@ -43,7 +45,7 @@ async def get_output(
 
 @router.head("/v1/outputs/{output_id}", include_in_schema=False)
 async def head_output(
-    output_id: str, request: Request, use: Use, key: Bearer, expires: Expires = None, signature: Signature = None
+    output_id: OutputId, request: Request, use: Use, key: Bearer, expires: Expires = None, signature: Signature = None
 ) -> Response:
     """The headers of the file alone."""
     record, output = await _find(output_id, request, use, key, expires, signature)

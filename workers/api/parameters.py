@@ -1,8 +1,20 @@
-"""Query parameters: what a route does not know is refused."""
+"""Parameters of paths and queries: what a route does not know is refused; what ids look like, for the document."""
 
-from fastapi import Request
+from typing import Any
+
+from fastapi import Path, Query, Request
 
 from inferfleet.tasks.errors import InvalidRequest
+
+
+def path_id(pattern: str) -> Any:
+    """An id in a path. The document names its form; the route itself answers 404 to any other."""
+    return Path(json_schema_extra={"pattern": f"^{pattern}$"})
+
+
+def query_id(pattern: str, description: str = "the last id of the page before") -> Any:
+    """The same in a query."""
+    return Query(description=description, json_schema_extra={"pattern": f"^{pattern}$"})
 
 
 def only_known_parameters(request: Request) -> None:

@@ -22,6 +22,7 @@ from inferfleet.workers.api import openapi
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.parameters import path_id
 from inferfleet.workers.api.response_events import ResponseEvents
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
@@ -33,7 +34,7 @@ from inferfleet.workers.api.waiting import ClientGone, leave, unless_gone
 CANCEL_SECONDS = 5.0
 
 
-def job_of(response_id: str) -> str:
+def job_of(response_id: Annotated[str, path_id(names.RESPONSE_ID.pattern)]) -> str:
     """An id that no response can have is not found, like any other that is not there."""
     job_id = names.job_of_response(response_id)
     if job_id is None:

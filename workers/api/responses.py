@@ -13,6 +13,7 @@ from inferfleet.tasks.errors import (
     InvalidRequest,
     JobFailed,
     ReceiverFailed,
+    RequestTimeout,
     Unauthorized,
 )
 from inferfleet.workers.api.sse import compact
@@ -41,6 +42,6 @@ def error_headers(error: FleetError) -> dict[str, str]:
         headers["x-should-retry"] = "false"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, BodyTooLarge | RequestTimeout):
         headers["connection"] = "close"  # the rest of the body is still on its way: this connection is of no more use
     return headers

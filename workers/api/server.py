@@ -4,7 +4,6 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import redis.asyncio
 import uvicorn
@@ -12,9 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from redis.asyncio.retry import Retry
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
-from inferfleet.tasks.errors import FleetError, InvalidRequest, SetupError
+from inferfleet.tasks.errors import FleetError, InvalidRequest, MethodNotAllowed, NotFound, SetupError
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import open_async_store
@@ -28,9 +29,6 @@ from inferfleet.workers.api import (
     images,
     jobs,
     models,
-    openapi_dead,
-    openapi_files,
-    openapi_webhooks,
     outputs,
     response_routes,
     webhooks,
@@ -40,12 +38,14 @@ from inferfleet.workers.api.docs import docs_page
 from inferfleet.workers.api.door import Door
 from inferfleet.workers.api.hub import BLOCK_MS, Hub
 from inferfleet.workers.api.middleware import RequestScope
-from inferfleet.workers.api.openapi import components
+from inferfleet.workers.api.openapi_whole import describe
+from inferfleet.workers.api.protocol import bounded
 from inferfleet.workers.api.responses import error_response, json_response
 from inferfleet.workers.api.ringer import Ring, Ringer
 from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
+from inferfleet.workers.api.waiting import CLIENT_LEFT
 from inferfleet.workers.checks import check_redis, check_store
 from inferfleet.workers.keys import is_loopback
 
@@ -56,11 +56,16 @@ MAX_CONNECTIONS = 64
 #: A Redis that is silent this long is away: three tries and the caller has its 503.
 CALL_SECONDS = 3.0
 RETRIES = 3
+#: OpenAI's first: the document lists them in this order.
+ROUTERS = [
+    module.router
+    for module in (chat, response_routes, images, files, batches, models, jobs, dead_letters, outputs, webhooks, health)
+]
 
 
 def create_app(settings: Settings, ring: Ring) -> FastAPI:
     """The application. `ring` puts turns on a model's queue; it may block and may fail."""
-    metrics = HttpMetrics()
+    metrics, keys_required = HttpMetrics(), not is_loopback(settings.api_host)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,7 +73,6 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         reader = _client(settings, 1, BLOCK_MS / 1000 + CALL_SECONDS, 0)
         hub, ringer = Hub(ledger, reader), Ringer(ring)
         door = Door(settings, ledger, ringer)
-        keys_required = not is_loopback(settings.api_host)
         store = open_async_store(settings, ledger)
         app.state.services = Services(settings, ledger, store, hub, door, metrics, keys_required)
         reading = asyncio.create_task(hub.run())
@@ -87,16 +91,17 @@ def create_app(settings: Settings, ring: Ring) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's page loads its script from a CDN; ours is rendered here
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
-    openai = (chat, response_routes, images, files, batches, models)
-    for module in (*openai, jobs, dead_letters, outputs, webhooks, health):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.add_middleware(RequestScope, metrics=metrics)
     app.add_exception_handler(FleetError, _on_fleet_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_query_error)
-    _describe(app)
+    app.add_exception_handler(ClientDisconnect, _on_client_left)
+    describe(app, keys_required=keys_required)
     return app
 
 
@@ -107,23 +112,24 @@ def serve(settings: Settings, ring: Ring) -> None:
     had.
     """
     _check_setup(settings)
-    app = create_app(settings, ring)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=round(settings.drain_grace_seconds),
-    )
     with listen(settings.api_host, settings.api_port) as listener:
-        DrainingServer(config, app).run(sockets=[listener])
+        DrainingServer(create_app(settings, ring), settings).run(sockets=[listener])
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn, telling the application at once that the end has begun: its own lifespan event comes last."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            http=bounded(settings.read_timeout_seconds),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=round(settings.drain_grace_seconds),
+        )
         super().__init__(config)
         self._app = app
 
@@ -184,10 +190,27 @@ async def _on_fleet_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in our shape."""
     assert isinstance(error, HTTPException)
-    text = {404: "there is no such route", 405: f"{request.method} is not allowed here"}
-    body = {"message": text.get(error.status_code, error.detail), "type": "invalid_request_error", "param": None,
-            "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")}  # fmt: skip
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is no route {request.url.path[:200]!r}"))
+    if error.status_code == 405:
+        allowed = ", ".join(sorted(_methods(request)))
+        return error_response(
+            MethodNotAllowed(f"{request.method} is not allowed here, only {allowed}"), {"allow": allowed}
+        )
+    body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": "http_error"}
     return json_response({"error": body}, error.status_code, error.headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """Of all routes with this path: Starlette names those of the first one alone."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
+    found = [route.methods or set() for route in routes if route.path_regex.match(request.url.path)]
+    return set().union(*found)
+
+
+async def _on_client_left(request: Request, error: Exception) -> Response:
+    """In the middle of its own request."""
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _on_query_error(request: Request, error: Exception) -> Response:
@@ -200,16 +223,3 @@ async def _on_query_error(request: Request, error: Exception) -> Response:
 
 async def _docs(request: Request) -> HTMLResponse:
     return HTMLResponse(docs_page(request.app.openapi()))
-
-
-def _describe(app: FastAPI) -> None:
-    """Adds the schemas that FastAPI cannot see, because routes read raw bytes."""
-    generate = app.openapi
-
-    def with_components() -> dict[str, Any]:
-        document = generate()
-        schemas = components(*openapi_dead.MODELS, *openapi_files.MODELS, *openapi_webhooks.MODELS)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas | openapi_files.forms(schemas))
-        return document
-
-    app.openapi = with_components  # type: ignore[method-assign]

@@ -7,16 +7,18 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from inferfleet.tasks import names, strict_json, webhooks
+from inferfleet.tasks import batches, names, strict_json, webhooks
 from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation, validated
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID, C
-from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, NoWebhookWorker, ReceiverFailed
+from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, InvalidRequest, NoWebhookWorker, ReceiverFailed
 from inferfleet.tasks.webhooks import Delivery, Endpoint
 from inferfleet.workers.api import openapi_webhooks as docs
 from inferfleet.workers.api.auth import Tenant
+from inferfleet.workers.api.batches import known_batch
 from inferfleet.workers.api.body import read_contract
-from inferfleet.workers.api.jobs import known_id, only_known_parameters
+from inferfleet.workers.api.jobs import JOB_ID, known_id, only_known_parameters
+from inferfleet.workers.api.parameters import path_id, query_id
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.webhooks.guard import Policy
@@ -30,14 +32,14 @@ TEST_WAIT_SECONDS = 5.0
 TEST_LOOK_SECONDS = 0.05
 
 
-def known_endpoint(endpoint_id: str) -> str:
+def known_endpoint(endpoint_id: Annotated[str, path_id(ENDPOINT_ID.pattern)]) -> str:
     """An id that no endpoint can have is not found, like any other that is not there."""
     if not ENDPOINT_ID.fullmatch(endpoint_id):
         raise EndpointNotFound(param="webhook_endpoint_id")
     return endpoint_id
 
 
-def known_delivery(delivery_id: str) -> str:
+def known_delivery(delivery_id: Annotated[str, path_id(DELIVERY_ID.pattern)]) -> str:
     """The same for deliveries."""
     if not DELIVERY_ID.fullmatch(delivery_id):
         raise DeliveryNotFound(param="webhook_delivery_id")
@@ -54,7 +56,7 @@ router = APIRouter(prefix="/v1", tags=["webhooks"], dependencies=[Depends(only_k
 async def create_endpoint(request: Request, tenant: Tenant, use: Use) -> Response:
     """Make an endpoint. Its signing secret is in this answer and in no later one."""
     wanted = await _read(request, EndpointCreate)
-    Policy.of(use.settings).url(wanted.url)
+    Policy.of(use.settings).url(wanted.url, "url")
     endpoint_id, secret = webhooks.new_endpoint_id(), webhooks.new_secret()
     await use.ledger.put_endpoint(endpoint_id, tenant, wanted.name, wanted.url, wanted.event_types, secret)
     return json_response(_shown(await use.ledger.endpoint(endpoint_id, tenant)) | {"signing_secret": secret})
@@ -64,7 +66,7 @@ async def create_endpoint(request: Request, tenant: Tenant, use: Use) -> Respons
 async def list_endpoints(
     tenant: Tenant,
     use: Use,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(ENDPOINT_ID.pattern)] = None,
     limit: Limit = 20,
 ) -> Response:
     """The caller's endpoints, newest first."""
@@ -88,7 +90,7 @@ async def update_endpoint(request: Request, endpoint_id: EndpointId, tenant: Ten
     """Change an endpoint. `"status": "enabled"`, or another URL, lets what waited for it go."""
     change = await _read(request, EndpointUpdate)
     if change.url is not None:
-        Policy.of(use.settings).url(change.url)
+        Policy.of(use.settings).url(change.url, "url")
     await use.ledger.update_endpoint(
         endpoint_id, tenant, name=change.name, url=change.url, events=change.event_types, enable=bool(change.status)
     )
@@ -103,7 +105,12 @@ async def delete_endpoint(endpoint_id: EndpointId, tenant: Tenant, use: Use) -> 
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/rotate_secret", openapi_extra=docs.ROTATE)
-async def rotate_secret(request: Request, endpoint_id: str, tenant: Tenant, use: Use) -> Response:
+async def rotate_secret(
+    request: Request,
+    endpoint_id: Annotated[str, path_id(f"({ENDPOINT_ID.pattern}|{DEFAULT})")],
+    tenant: Tenant,
+    use: Use,
+) -> Response:
     """A new signing secret, shown in this answer alone; for 24 hours the old one signs beside it, unless told not to.
 
     `default` in the place of an id means the secret that signs for URLs which jobs bring along.
@@ -141,17 +148,27 @@ async def list_event_types(tenant: Tenant) -> Response:
 async def list_deliveries(
     tenant: Tenant,
     use: Use,
-    webhook_endpoint_id: Annotated[str | None, Query(description="only those of this endpoint")] = None,
-    job_id: Annotated[str | None, Query(description="only those of this job")] = None,
+    webhook_endpoint_id: Annotated[str | None, query_id(ENDPOINT_ID.pattern, "only those of this endpoint")] = None,
+    job_id: Annotated[str | None, query_id(JOB_ID.pattern, "only those of this job")] = None,
+    batch_id: Annotated[str | None, query_id(batches.BATCH_ID.pattern, "only those of this batch")] = None,
     status: Annotated[Literal["pending", "delivered", "failed"] | None, Query(description="only in this state")] = None,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, query_id(DELIVERY_ID.pattern)] = None,
     limit: Limit = 20,
 ) -> Response:
     """The caller's deliveries, newest first. Those of progress are not kept."""
-    for given, check in ((webhook_endpoint_id, known_endpoint), (job_id, known_id), (after, known_delivery)):
+    asked = (
+        (webhook_endpoint_id, known_endpoint),
+        (job_id, known_id),
+        (batch_id, known_batch),
+        (after, known_delivery),
+    )
+    for given, check in asked:
         if given is not None:
             check(given)
-    found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, job_id, status, after, limit)
+    if job_id is not None and batch_id is not None:
+        raise InvalidRequest("a delivery tells of a job or of a batch: ask for one of them", param="batch_id")
+    subject = job_id or batch_id
+    found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, subject, status, after, limit)
     return _page([_delivery(delivery) for delivery in found], more)
 
 
@@ -210,12 +227,14 @@ def _shown(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _delivery(delivery: Delivery) -> dict[str, Any]:
+    of_batch = delivery.type.startswith("batch.")
     return {
         "id": delivery.id,
         "object": "webhook_delivery",
         "event_id": delivery.event,
         "event_type": delivery.type,
-        "job_id": delivery.subject,
+        "job_id": None if of_batch else delivery.subject,
+        "batch_id": delivery.subject if of_batch else None,
         "webhook_endpoint_id": delivery.endpoint,
         "url": delivery.url,
         "status": delivery.state,

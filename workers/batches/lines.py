@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from inferfleet.tasks import names
 from inferfleet.tasks.batches import Line
@@ -15,17 +15,17 @@ CANCELLED = ("batch_cancelled", "This request was not executed because the batch
 
 
 def succeeded(
-    batch_id: str, number: int, custom_id: str, job_id: str, body: bytes, usage: Mapping[str, Any] | None, forget: bool
+    batch_id: str, number: int, custom_id: str, job_id: str, body: bytes, usage: Mapping[str, Any] | None, keep: bool
 ) -> Line:
-    """A line for the output file. `body` is JSON already; `forget` its job now."""
+    """A line for the output file. `body` is JSON already; keep: its job is, since the body names pictures of it."""
     # In JSON a line feed can only stand between two words; in a file of lines it would end one.
     body = body.replace(b"\n", b" ")
     head = json.dumps({"status_code": 200, "request_id": names.request_id(job_id)})[:-1].encode()
     envelope = head_of(batch_id, number, custom_id)
     text = envelope + b', "response": ' + head + b', "body": ' + body + b'}, "error": null}'
     counted = tokens(usage or {})
-    job = job_id if forget else None
-    return Line(number, marked(text, output=True), failed=False, job_id=job, **counted)
+    then: Literal["forget", "keep"] = "keep" if keep else "forget"
+    return Line(number, marked(text, output=True), failed=False, job_id=job_id, job_then=then, **counted)
 
 
 def refused(
@@ -35,14 +35,16 @@ def refused(
     status = from_dict(error).status
     request = {"status_code": status, "request_id": names.request_id(job_id), "body": {"error": dict(error)}}
     text = head_of(batch_id, number, custom_id) + f', "response": {json.dumps(request)}, "error": null}}'.encode()
-    return Line(number, marked(text, output=False), failed=True, job_id=job_id, **tokens(usage or {}))
+    return Line(
+        number, marked(text, output=False), failed=True, job_id=job_id, job_then="forget", **tokens(usage or {})
+    )
 
 
 def not_run(batch_id: str, number: int, custom_id: str, why: tuple[str, str], job_id: str | None = None) -> Line:
     """A line that the batch's end came before, for the error file."""
     error = json.dumps({"code": why[0], "message": why[1]})
     text = head_of(batch_id, number, custom_id) + f', "response": null, "error": {error}}}'.encode()
-    return Line(number, marked(text, output=False), failed=True, job_id=job_id)
+    return Line(number, marked(text, output=False), failed=True, job_id=job_id, job_then="forget" if job_id else "")
 
 
 def head_of(batch_id: str, number: int, custom_id: str) -> bytes:

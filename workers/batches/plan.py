@@ -48,6 +48,10 @@ class Wrong(Exception):
         super().__init__(message)
         self.code, self.param = code, param
 
+    def told(self, number: int | None) -> dict[str, Any]:
+        """As the batch object tells it."""
+        return {"code": self.code, "line": number, "message": str(self), "param": self.param}
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -88,7 +92,7 @@ def make_plan(spool: Spool, rules: Rules, tick: Callable[[], None] = lambda: Non
 
 
 def complain(plan: Plan, number: int | None, wrong: Wrong) -> None:
-    plan.errors.append({"code": wrong.code, "line": number, "message": str(wrong), "param": wrong.param})
+    plan.errors.append(wrong.told(number))
 
 
 def check_line(raw: bytes, rules: Rules, seen: set[bytes]) -> tuple[str, dict[str, Any]]:
@@ -127,10 +131,19 @@ def check_line(raw: bytes, rules: Rules, seen: set[bytes]) -> tuple[str, dict[st
 
 def prefix_key(body: dict[str, Any]) -> bytes:
     """Equal beginnings give keys with equal beginnings, so that sorted lines find what the one before left cached."""
-    prompt = body.get("prompt")
-    text = prompt if isinstance(prompt, str) else prompt_text(body.get("messages"))
+    text = beginning(body)
     cuts = (text[:length].encode() for length in PREFIXES)
     return b"".join(hashlib.blake2b(cut, digest_size=4).digest() for cut in cuts)
+
+
+def beginning(body: dict[str, Any]) -> str:
+    """The beginning of what the model reads: of a picture's prompt, a chat's messages, a response's input."""
+    if "input" in body:
+        asked = body["input"]
+        messages = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        return prompt_text([{"role": "system", "content": body.get("instructions")}, *messages])
+    prompt = body.get("prompt")
+    return prompt if isinstance(prompt, str) else prompt_text(body.get("messages"))
 
 
 def prompt_text(messages: Any) -> str:

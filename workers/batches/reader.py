@@ -9,7 +9,7 @@ from typing import Any
 
 from inferfleet.tasks import strict_json
 from inferfleet.tasks.batches import BatchRecord, Ended
-from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, check_card, validated
+from inferfleet.tasks.contracts import ChatCompletionRequest, JobRequest, ResponseRequest, check_card, validated
 from inferfleet.tasks.errors import UnsupportedFeature
 from inferfleet.workers.batches.spool import Spool
 
@@ -59,14 +59,22 @@ class LineReader:
         """Raises InvalidRequest and others that name the field of the body."""
         line = strict_json.loads(self._spool.line(number))
         job = validated(JobRequest, line)
-        if isinstance(job.body, ChatCompletionRequest) and job.body.stream:
+        if isinstance(job.body, ChatCompletionRequest | ResponseRequest) and job.body.stream:
             raise UnsupportedFeature("stream is not served in a batch", param="body.stream")
+        if isinstance(job.body, ResponseRequest) and job.body.background:
+            # Its id could not be asked for: the line in the file is all that is left of it.
+            raise UnsupportedFeature("background is not served in a batch", param="body.background")
         if (card := self._card(job.body.model)) is not None:
             check_card(job.body, card)
-        given = (job.priority, job.body.priority, self._batch.priority)
-        priority = line_priority(next(value for value in given if value is not None))
+        if job.callback is not None:
+            raise UnsupportedFeature("a line has no webhook; its batch may have one", param="webhook")
         own = job.deadline_ms is not None and job.deadline_ms < self._batch.expires_ms
-        return Prepared(line["custom_id"], job, priority, own)
+        return Prepared(line["custom_id"], job, line_priority(self._wish(job)), own)
+
+    def _wish(self, job: JobRequest) -> int:
+        """The priority that the line names, by number or by tier, else the batch's."""
+        options = (job.priority, job.service_tier, job.body.priority, job.body.service_tier)
+        return job.effective_priority if any(option is not None for option in options) else self._batch.priority
 
     def _card(self, model: str) -> dict[str, Any] | None:
         if time.monotonic() >= self._cards_until:
@@ -74,10 +82,10 @@ class LineReader:
             self._cards_until = time.monotonic() + CARDS_SECONDS
         return self._cards.get(model)
 
-    def with_pictures(self, ended: Ended, picture: Callable[[dict[str, Any]], bytes]) -> bytes:
-        """The answer's body, its pictures in it as they were asked for: as urls, or in base64."""
+    def with_pictures(self, ended: Ended, picture: Callable[[dict[str, Any]], bytes]) -> tuple[bytes, bool]:
+        """The answer's body, its pictures in it as they were asked for, and whether that is as urls: else in base64."""
         if not ended.outputs:
-            return ended.response
+            return ended.response, False
         body = json.loads(ended.response)
         as_url = body.pop("response_format", "url") == "url"
         outputs: Mapping[int, dict[str, Any]] = {output["index"]: output for output in ended.outputs}
@@ -87,4 +95,4 @@ class LineReader:
                 entry["url"], entry["url_expires_at"] = self._link(output["id"])
             else:
                 entry["b64_json"] = base64.b64encode(picture(output)).decode()
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(), as_url

@@ -20,6 +20,7 @@ from inferfleet.tasks.contracts import body_hash
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import (
     AlreadyTerminal,
+    FileNotFound,
     FleetError,
     IdempotencyKeyReuse,
     JobNotFound,
@@ -32,7 +33,8 @@ from inferfleet.tasks.stores import Store
 from inferfleet.workers import logs
 from inferfleet.workers.api.signing import signed_url
 from inferfleet.workers.batches import lines
-from inferfleet.workers.batches.plan import Plan, Rules, make_plan
+from inferfleet.workers.batches.exchange import CONTENT_TYPE, Exchange
+from inferfleet.workers.batches.plan import Plan, Rules, Wrong, make_plan
 from inferfleet.workers.batches.reader import LineReader, Prepared
 from inferfleet.workers.batches.spool import Spool
 from inferfleet.workers.patience import until_answered
@@ -50,7 +52,6 @@ LOOK_MS = 500
 #: Ends that come close to each other are read together.
 GATHER_SECONDS = 0.01
 FULL_SECONDS = 1.0
-CONTENT_TYPE = "application/jsonl"
 
 
 class Stopped(Exception):
@@ -110,28 +111,34 @@ class BatchRun:
 
     def run(self) -> str:
         """Until the batch has ended: its status. Raises Stopped."""
+        exchange = Exchange(self.tools.settings, self.tools.store, self)
         with Spool() as spool:
+            try:
+                if self.batch.input_url is not None:
+                    exchange.fetch()
+            except Wrong as wrong:
+                return self._give_up(wrong)
             self._fetch(spool)
             plan = self._plan(spool)
             if plan.errors:
-                return self._reject(plan)
+                return self._reject(plan.errors)
             self._start(plan, spool)
             while self._num_ended < self._total:
-                self._check()
+                self.check()
                 self._round()
-            return self._finish()
+            return self._finish(exchange)
 
     # Reading the input ------------------------------------------------------------------------------------------
 
     def _fetch(self, spool: Spool) -> None:
-        for part in self._say(files.parts_of(self.batch.input_shelf)):
-            self._check()
-            spool.write(self._patiently(partial(self.tools.store.get, part.key, part.sha256)))
+        for part in self.say(files.parts_of(self.batch.input_shelf)):
+            self.check()
+            spool.write(self.patiently(partial(self.tools.store.get, part.key, part.sha256)))
 
     def _plan(self, spool: Spool) -> Plan:
         settings, only, custom_ids = self.tools.settings, b"", self.batch.custom_ids
         if self.batch.retry_of is not None:
-            only = self._say(batches.read_bits(f"batch_only:{self.batch.id}"))
+            only = self.say(batches.read_bits(f"batch_only:{self.batch.id}"))
         chosen = None if custom_ids is None else frozenset(custom_ids)
 
         def wanted(place: int, custom_id: str) -> bool:
@@ -139,24 +146,34 @@ class BatchRun:
 
         models = {*self._say_cards(), *settings.models}
         largest = settings.max_edit_bytes if self.batch.endpoint == names.EDITS_URL else settings.max_body_bytes
-        return make_plan(spool, Rules(self.batch.endpoint, models, largest, wanted), self._check)
+        return make_plan(spool, Rules(self.batch.endpoint, models, largest, wanted), self.check)
 
     def _say_cards(self) -> dict[str, dict[str, Any]]:
-        return self._patiently(self.tools.ledger.cards)
+        return self.patiently(self.tools.ledger.cards)
 
-    def _reject(self, plan: Plan) -> str:
-        status = self._say(batches.reject(self.batch.id, self.batch.fence, plan.errors))
-        return self._ours(status)
+    def _reject(self, errors: list[dict[str, Any]]) -> str:
+        return self._ours(self.say(batches.reject(self.batch.id, self.batch.fence, errors)))
+
+    def _give_up(self, wrong: Wrong) -> str:
+        """The input cannot be had; what was copied of it goes."""
+        status = self._reject([wrong.told(None)])
+        try:
+            keys = self.say(files.delete_file(self.batch.input_file_id, uploading=True))
+        except FileNotFound:
+            return status
+        if keys and not self.tools.store.in_ledger:
+            self.patiently(partial(self.tools.store.forget, keys))
+        return status
 
     def _start(self, plan: Plan, spool: Spool) -> None:
         self._total = plan.total
-        status = self._ours(self._say(batches.start(self.batch.id, self.batch.fence, self._total, plan.model)))
+        status = self._ours(self.say(batches.start(self.batch.id, self.batch.fence, self._total, plan.model)))
         self.held = Held(status, self.held.overdue)
-        done = self._say(batches.read_bits(f"batch_done:{self.batch.id}"))
+        done = self.say(batches.read_bits(f"batch_done:{self.batch.id}"))
         for model, order in plan.order.items():
             self._feeds[model] = Feed(deque(number for number in order if not batches.bit(done, number)))
         self._reader = LineReader(spool, self.batch, self._say_cards, self._link)
-        self._tail_bytes = len(self._say(batches.read_tail(self.batch.id)))
+        self._tail_bytes = len(self.say(batches.read_tail(self.batch.id)))
         log.info("batch_started", total=self._total, ended=self._num_ended, models=len(self._feeds))
 
     # Running the lines ------------------------------------------------------------------------------------------
@@ -224,7 +241,7 @@ class BatchRun:
             batch_id=self.batch.id,
         )
         try:
-            return self._patiently(submit).queued
+            return self.patiently(submit).queued
         except IdempotencyKeyReuse:
             return False  # submitted by a runner of another version, which wrote the same line in other words
 
@@ -233,7 +250,7 @@ class BatchRun:
         self._halted = True
         for job_id in self._flying:
             try:
-                self._patiently(partial(self.tools.ledger.cancel, job_id))
+                self.patiently(partial(self.tools.ledger.cancel, job_id))
             except (AlreadyTerminal, JobNotFound):
                 continue
 
@@ -242,7 +259,7 @@ class BatchRun:
         ids = list(self._flying)
         if not ids:
             return
-        for ended in self._say(batches.collect(ids)):
+        for ended in self.say(batches.collect(ids)):
             job_id = ids[ended.place]
             flying = self._flying.pop(job_id)
             feed = self._feeds[flying.model]
@@ -257,9 +274,8 @@ class BatchRun:
         """What the files say of a job that ended."""
         batch_id, number, custom_id = self.batch.id, flying.number, flying.line.custom_id
         if ended.state in ("completed", "incomplete"):
-            body = self._reader.with_pictures(ended, self._picture)
-            forget = not ended.outputs  # the urls of its pictures work as long as the job is there
-            return lines.succeeded(batch_id, number, custom_id, job_id, body, ended.usage, forget)
+            body, keep = self._reader.with_pictures(ended, self._picture)
+            return lines.succeeded(batch_id, number, custom_id, job_id, body, ended.usage, keep)
         code = (ended.error or {}).get("code")
         if ended.state == "expired" and code == "deadline_exceeded" and not flying.line.own_deadline:
             return lines.not_run(batch_id, number, custom_id, lines.EXPIRED, job_id)
@@ -268,16 +284,17 @@ class BatchRun:
         return lines.refused(batch_id, number, custom_id, job_id, ended.error or {}, ended.usage)
 
     def _link(self, output_id: str) -> tuple[str, int]:
-        """A picture's url, and until when it works: as long as its job, which has just ended."""
+        """A picture's url, and until when it works: a result's time from the end of the window, so that whoever reads
+        the batch when it has ended finds all of them."""
         settings = self.tools.settings
-        base = settings.public_url or f"http://{settings.api_host}:{settings.api_port}"
-        secret = self._patiently(lambda: self.tools.ledger.run(roster.signing_secret()))
-        until = int(time.time() + settings.result_ttl_seconds)
+        base = settings.public_url or settings.local_api_url
+        secret = self.patiently(lambda: self.tools.ledger.run(roster.signing_secret()))
+        until = int(max(time.time(), self.batch.expires_ms / 1000) + settings.result_ttl_seconds)
         return signed_url(base.rstrip("/"), output_id, until, secret), until
 
     def _picture(self, output: dict[str, Any]) -> bytes:
         sha256 = output["hash"].removeprefix("sha256:")
-        return self._patiently(partial(self.tools.store.get, output["id"], sha256))
+        return self.patiently(partial(self.tools.store.get, output["id"], sha256))
 
     @property
     def _why(self) -> tuple[str, str]:
@@ -292,7 +309,7 @@ class BatchRun:
 
     def _wait_for_ends(self) -> None:
         stream = Call("", ("XREAD", "COUNT", 1000, "BLOCK", LOOK_MS, "STREAMS", Key("ended"), self._seen), last_entry)
-        if last := self._say(stream):
+        if last := self.say(stream):
             self._seen = last
             time.sleep(GATHER_SECONDS)
 
@@ -302,7 +319,7 @@ class BatchRun:
         """Put the lines that ended on the shelf, and the tail into the store when it has grown."""
         while self._ready:
             some, self._ready = self._ready[:COMMIT_LINES], self._ready[COMMIT_LINES:]
-            tail = self._say(batches.commit(self.batch.id, self.batch.fence, self._num_ended, some))
+            tail = self.say(batches.commit(self.batch.id, self.batch.fence, self._num_ended, some))
             if tail is None:
                 raise Stopped
             self._num_ended += len(some)
@@ -313,29 +330,32 @@ class BatchRun:
     def _seal(self) -> None:
         """Nothing is committed meanwhile, so the tail that is written is the tail that is dropped."""
         batch, store = self.batch, self.tools.store
-        while data := self._say(batches.read_tail(batch.id)):
-            self._check()
+        while data := self.say(batches.read_tail(batch.id)):
+            self.check()
             key = files.part_key(batch.id, batch.fence, self._num_parts)
-            stored = self._patiently(partial(store.put, key, data, CONTENT_TYPE))
+            stored = self.patiently(partial(store.put, key, data, CONTENT_TYPE))
             part = Part(key, stored.size_bytes, stored.sha256, data.count(b"\n"))
             sealed = batches.seal(batch.id, batch.fence, self._num_parts, part, in_ledger=store.in_ledger)
-            if self._say(sealed) == "stale":
+            if self.say(sealed) == "stale":
                 raise Stopped
             self._num_parts += 1
         self._tail_bytes = 0
 
-    def _finish(self) -> str:
+    def _finish(self, exchange: Exchange) -> str:
+        about: dict[str, str] = {}
         for how_far in ("finalizing", "end"):
             if how_far == "end":
                 self._seal()
-            status = self._say(batches.finish(self.batch.id, self.batch.fence, how_far, self.batch.keep_seconds))
+                about = exchange.deliver() if self.batch.output_url_prefix is not None else {}
+            finish = batches.finish(self.batch.id, self.batch.fence, how_far, self.batch.keep_seconds, about)
+            status = self.say(finish)
             if status in ("stale", "open"):
                 raise Stopped
         return status
 
     # Staying in touch ---------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def check(self) -> None:
         if self.lost.is_set() or self.tools.closing.is_set():
             raise Stopped
 
@@ -344,11 +364,11 @@ class BatchRun:
             raise Stopped
         return status
 
-    def _say(self, call: Call[T] | Steps[T]) -> T:
+    def say(self, call: Call[T] | Steps[T]) -> T:
         assert isinstance(call, Call)  # a generator of steps could not be said again
-        return self._patiently(lambda: self.tools.ledger.run(call))
+        return self.patiently(lambda: self.tools.ledger.run(call))
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def patiently(self, call: Callable[[], T]) -> T:
         return until_answered(call, self.tools.closing)
 
 

@@ -22,7 +22,7 @@ from inferfleet.tasks.stores import open_store
 from inferfleet.workers import logs
 from inferfleet.workers.batches.orphans import OrphanSweep
 from inferfleet.workers.batches.run import BatchRun, Stopped, Tools
-from inferfleet.workers.checks import check_redis, check_store
+from inferfleet.workers.checks import check_buckets, check_redis, check_store
 
 log = logs.get("batches")
 
@@ -134,6 +134,7 @@ def run_batches(settings: Settings) -> None:
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
     check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
     check_store(settings, ledger)
+    check_buckets(settings)
     store = open_store(settings, ledger)
     doorbell = Doorbell(settings.redis_url, settings.namespace)
     closing = threading.Event()

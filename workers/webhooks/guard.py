@@ -53,19 +53,24 @@ class Policy:
     def of(cls, settings: Settings) -> "Policy":
         return cls(settings.webhook_allow_insecure, settings.webhook_allow_loopback)
 
-    def url(self, text: str) -> HookUrl:
-        """The URL, read. Raises UrlNotAllowed for one that no resolver could make right."""
+    def url(self, text: str, param: str = "webhook") -> HookUrl:
+        """The URL, read. Raises UrlNotAllowed for one that no resolver could make right; `param` is its field."""
         try:
             url = parse_url(text)
         except BadUrl as error:
-            raise UrlNotAllowed(str(error), param="webhook") from None
+            raise UrlNotAllowed(str(error), param=param) from None
         if not self._is_public_style(url) and not self.loopback:
             schemes = "https (port 443)" + (" or http (port 80)" if self.insecure else "")
-            raise UrlNotAllowed(f"a webhook's URL uses {schemes}", param="webhook")
+            raise UrlNotAllowed(f"a webhook's URL uses {schemes}, not {url.scheme} (port {url.port})", param=param)
+        if _is_localhost(url.host) and not self.loopback:
+            raise UrlNotAllowed(f"{url.host} is no public address, and a webhook may go to no other", param=param)
         if url.address is not None:
-            self.addresses(url, [str(url.address)])
-        elif _is_localhost(url.host) and not self.loopback:
-            raise UrlNotAllowed("a webhook may only go to a public address", param="webhook")
+            try:
+                self.addresses(url, [str(url.address)])
+            except UrlNotAllowed:  # of an address that the caller spelt out there is nothing to hide
+                raise UrlNotAllowed(
+                    f"{url.host} is no public address, and a webhook may go to no other", param=param
+                ) from None
         return url
 
     def addresses(self, url: HookUrl, found: Sequence[str]) -> list[Address]:

@@ -26,7 +26,7 @@ class RunsProcess:
     def start(self) -> None:
         self._started_at = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "inferfleet.workers.runs"], stdin=subprocess.PIPE, process_group=0
+            [sys.executable, "-m", "inferfleet.workers.runs.process"], stdin=subprocess.PIPE, process_group=0
         )
         assert self._process.stdin is not None
         # Through stdin: the Redis password must not show in `ps`. It stays open; its end tells the child of ours.

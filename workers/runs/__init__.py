@@ -1,0 +1,1 @@
+"""`inferfleet.run` as an ordinary Celery task: for chains, groups and chords."""
