@@ -20,8 +20,8 @@ from inferfleet.engine.layout import CacheLayout
 from inferfleet.engine.matformer import read_table
 from inferfleet.engine.prefix import PrefixHasher
 from inferfleet.engine.progress import Progress
-from inferfleet.engine.sampler import Sampler
 from inferfleet.engine.replay import Replay
+from inferfleet.engine.sampler import Sampler
 from inferfleet.engine.scheduler import Scheduler
 from inferfleet.engine.sizing import (
     DEFAULT_CONTEXT,

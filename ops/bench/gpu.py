@@ -1,4 +1,4 @@
-"""What a CUDA device does with our kernels and our engine, and without them: `python ops/bench/gpu.py [kernels engine]`.
+"""What a CUDA device does with our kernels and engine, and without them: `python ops/bench/gpu.py [kernels engine]`.
 
     kernels    each kernel against its reference in torch, by device time. limit: what its bytes take at the rate of a
                large copy, or its operations at that of a large product, whichever is slower, both measured in this run
