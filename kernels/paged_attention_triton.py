@@ -10,6 +10,8 @@ Imported only where it runs, because importing Triton takes a while.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,8 @@ PAIRS = 16
 MAX_APART = 256 << 20
 #: A maximum over no keys; finite, so that differences of two stay defined.
 NOTHING = tl.constexpr(-3.0e38)
+#: Scores are kept in powers of two, which the device raises without a product.
+LOG2_E = math.log2(math.e)
 #: Numbers that change from step to step: no kernel is compiled again because one of them is 1, or a multiple of 16.
 _SIZES = ("rows", "max_blocks", "pieces")
 
@@ -103,7 +107,7 @@ def _attend_singles(
     keys = _keys(wide, q.element_size())
     _singles[(rows, kv_heads * tiles, pieces if apart else 1)](
         *(out, q, k_cache, v_cache, tables, query_start, seq_lens, sums, maxima, totals),
-        *(heads, tables.shape[1], q.stride(0), q.stride(1), scale),
+        *(heads, tables.shape[1], q.stride(0), q.stride(1), scale * LOG2_E),
         APART=apart, BLOCK=block_size, TILES=tiles, KEYS=keys, **shape,
         num_warps=4, num_stages=_stages(wide, keys, q.element_size()),
     )  # fmt: skip
@@ -132,7 +136,7 @@ def _attend_prompts(
     tile_row, tile_first = place_tiles(query_start, tokens, group, pairs)
     _prompts[(tile_row.shape[0], kv_heads)](
         *(out, q, k_cache, v_cache, tables, query_start, seq_lens, tile_row, tile_first),
-        *(seq_lens.shape[0], heads, kv_heads, tables.shape[1], q.stride(0), q.stride(1), scale),
+        *(seq_lens.shape[0], heads, kv_heads, tables.shape[1], q.stride(0), q.stride(1), scale * LOG2_E),
         GROUP=group, BLOCK=k_cache.shape[1], WIDTH=width, WIDE=wide, PAIRS=pairs, KEYS=keys, **sight,
         num_warps=warps, num_stages=_stages(wide, keys, q.element_size()),
     )  # fmt: skip
@@ -377,7 +381,7 @@ def _sum_keys(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> tuple:
-    """(sums of values weighted by exp(score - maximum), maximum, total of the weights) over keys low..high.
+    """(sums of values weighted by 2^(score - maximum), maximum, total of the weights) over keys low..high.
 
     Tiles of keys begin at `start`, which is at most low: where they lie does not depend on what is seen.
     """
@@ -402,8 +406,8 @@ def _sum_keys(
             is_seen &= key[None, :] >= (position // CHUNK * CHUNK)[:, None]
         scores = tl.where(is_seen, scores, NOTHING)
         common = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.where(is_seen, tl.exp(scores - common[:, None]), 0.0)
-        share = tl.exp(maximum - common)
+        weights = tl.where(is_seen, tl.exp2(scores - common[:, None]), 0.0)
+        share = tl.exp2(maximum - common)
         total = total * share + tl.sum(weights, axis=1)
         sum_ = tl.dot(weights.to(values.dtype), values, sum_ * share[:, None], input_precision="ieee")
         maximum = common
@@ -423,7 +427,7 @@ def _join(
 ) -> tuple:
     """Two sums as one. Written with fma, because both kernels must round in the same places."""
     maximum = tl.maximum(left_maximum, right_maximum)
-    left_share, right_share = tl.exp(left_maximum - maximum), tl.exp(right_maximum - maximum)
+    left_share, right_share = tl.exp2(left_maximum - maximum), tl.exp2(right_maximum - maximum)
     sum_ = tl.fma(left, tl.broadcast_to(left_share[:, None], (PAIRS, WIDE)), right * right_share[:, None])
     return sum_, maximum, tl.fma(left_total, left_share, right_total * right_share)
 
