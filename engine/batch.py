@@ -52,6 +52,8 @@ class Batch:
     arena: Arena
     #: State slots (from, to) that were copied since the last batch, before this one's rows begin.
     moves: list[tuple[int, int]]
+    #: Made by `build_decodes`: rows beyond len(rows) are nobody's.
+    is_filled_up: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -212,6 +214,9 @@ class BatchBuilder:
         #: Copies of states that no batch has told of yet.
         self._moves: list[tuple[int, int]] = []
         rows, groups = tables[0].shape[0], len(tables)
+        self.table_width = tables[0].shape[1]
+        #: Of a step that only decodes.
+        self.max_rows = min(rows, max_num_batched_tokens)
         words = (3 + groups) * max_num_batched_tokens + 5 * rows + sum(table.size for table in tables)
         dtypes: list[type[np.generic]] = [np.int64, np.int64, np.int32, np.int32, np.int64, np.int64]
         dtypes += [np.int32] * groups + [np.int64] * groups
@@ -251,6 +256,33 @@ class BatchBuilder:
             ]
         )
         return self._batch(tensors, rows, plan.samples, list(zip(plan.num_tokens, seq_lens.tolist(), strict=True)))
+
+    def build_decodes(self, plan: Plan, rows: int, width: int) -> Batch:
+        """The batch of a step in which every row computes one token and samples, filled up to fixed sizes.
+
+        rows: at least those of the plan. The others have a token of their own at position 0, store nothing and see the
+        null block. width: blocks of a row's table, at least those of the longest context.
+        """
+        starts = np.array([row.num_computed_tokens for row in plan.rows], dtype=np.int64)
+        ids, positions = _tokens(plan.rows, plan.num_tokens, starts, np.ones_like(starts), starts)
+        slots = np.array([row.slot for row in plan.rows], dtype=np.int64)
+        missing = rows - len(slots)
+        tables = [np.pad(table[slots, :width], ((0, missing), (0, 0))) for table in self.tables]
+        mappings = self._slot_mapping(slots, np.ones_like(slots), positions)
+        tensors = self.arena.upload(
+            [
+                np.pad(ids, (0, missing)),
+                np.pad(positions, (0, missing)),
+                np.arange(rows + 1),
+                np.pad(starts + 1, (0, missing), constant_values=1),
+                np.arange(rows),
+                np.pad(slots, (0, missing)),
+                *tables,
+                *(np.pad(mapping, (0, missing), constant_values=-1) for mapping in mappings),
+            ]
+        )
+        lens = [(1, seen) for seen in (starts + 1).tolist()]
+        return replace(self._batch(tensors, plan.rows, plan.samples, lens), is_filled_up=True)
 
     def rebuild(
         self,

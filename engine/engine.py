@@ -16,6 +16,7 @@ from inferfleet.engine.errors import EngineError, InvalidRequest, NumericalError
 from inferfleet.engine.failures import explain
 from inferfleet.engine.logprobs import openai_entry
 from inferfleet.engine.output import Delta, StepOutput, Usage
+from inferfleet.engine.replay import Replay
 from inferfleet.engine.request import Request, Status
 from inferfleet.engine.sampler import RowState, SampledRows, Sampler
 from inferfleet.engine.sampling_params import SamplingParams
@@ -41,8 +42,11 @@ class Engine:
         tokenizer: Tokenizer,
         admission: Admission,
         device: torch.device,
+        replay: Replay | None = None,
     ) -> None:
+        """replay: for a model whose decoding steps can be recorded."""
         self.model = model
+        self.replay = replay
         self.scheduler = scheduler
         self.sampler = sampler
         self.tokenizer = tokenizer
@@ -178,7 +182,8 @@ class Engine:
     def _build(self, plan: Plan, *, scoring: bool = False) -> Batch:
         if self.scheduler.blocks.snapshots is not None:
             self.builder.copy_states(self.scheduler.blocks.snapshots.take_moves())
-        return self.builder.build(plan, scoring=scoring)
+        recordable = None if self.replay is None or scoring else self.replay.build(plan, self.builder)
+        return recordable or self.builder.build(plan, scoring=scoring)
 
     def _run(self, batch: Batch) -> SampledRows:
         if not batch.sample_rows:
@@ -192,6 +197,8 @@ class Engine:
 
     @torch.inference_mode()
     def _logits(self, batch: Batch) -> Tensor:
+        if self.replay is not None and batch.is_filled_up:
+            return self.model.compute_logits(self.replay.hidden(batch)[: len(batch.rows)])
         return self.model.compute_logits(self._hidden(batch)[batch.logits_index])
 
     def _tell(self, rows: list[Request], sampled: SampledRows, out: StepOutput) -> None:

@@ -79,6 +79,8 @@ class Model(Computes, Protocol):
 
     #: Whether several ranks can hold it together.
     can_split: bool
+    #: Whether steps that only decode can be recorded.
+    can_replay: bool
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         """Reads its fields from a whole config.json; memory for the weights comes as they are read."""

@@ -20,6 +20,7 @@ from inferfleet.engine.layout import CacheLayout
 from inferfleet.engine.matformer import read_table
 from inferfleet.engine.prefix import PrefixHasher
 from inferfleet.engine.progress import Progress
+from inferfleet.engine.replay import Replay
 from inferfleet.engine.sampler import Sampler
 from inferfleet.engine.scheduler import Scheduler
 from inferfleet.engine.sizing import (
@@ -191,8 +192,14 @@ def build_engine(
     )
     cache = layout.cache(loaded.model.cache_spec, loaded.dtype, loaded.device)
     model = loaded.model if followers is None else followers.lead(loaded.model, layout, loaded.device)
-    engine = Engine(model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device)
+    replay = Replay(loaded.model) if _can_replay(loaded, spec) else None
+    engine = Engine(model, cache, scheduler, Sampler(), tokenizer, admission, loaded.device, replay)
     return engine, (max(counts) - 1) * block_size
+
+
+def _can_replay(loaded: LoadedModel, spec: EngineSpec) -> bool:
+    is_alone = loaded.group.size == 1
+    return loaded.device.type == "cuda" and is_alone and spec.paged_attn and loaded.model.can_replay
 
 
 def _context(spec: EngineSpec, max_positions: int) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferfleet.kernels import build, threads
+from inferfleet.kernels import build, on_cuda, threads
 
 Kind = Literal["silu", "gelu_tanh"]
 
@@ -31,6 +31,9 @@ def gated_activation(gate_up: Tensor, kind: Kind) -> Tensor:
     """gate_up [..., 2I], gate first, -> act(gate) * up [..., I]; ValueError for an unknown kind."""
     if kind not in ("silu", "gelu_tanh"):
         raise ValueError(f"activation must be silu or gelu_tanh, not {kind!r}")
+    if (kernel := on_cuda.kernels("gated_activation_triton", gate_up)) is not None:
+        gated: Tensor = kernel.gated_activation(gate_up, kind)
+        return gated
     native = _native() if _takes(gate_up) else None
     if native is None:
         return reference(gate_up, kind)

@@ -10,15 +10,13 @@ plain product of torch on a CPU may sum a row in another order when other rows c
 
 from __future__ import annotations
 
-import functools
 from itertools import pairwise
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferfleet.kernels import linear, threads
+from inferfleet.kernels import linear, on_cuda, threads
 from inferfleet.kernels.linear import PackedLinear
 
 #: Bytes that torch's own grouped product wants every row to be a multiple of.
@@ -36,7 +34,7 @@ def reference(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
 
 def grouped_linear(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """x [N, K], offsets [G+1] int32 from 0 up to N, weight [G, M, K] -> [N, M]."""
-    if x.is_cuda and x.dtype.is_floating_point and (kernel := _triton_kernel()) is not None:
+    if (kernel := on_cuda.kernels("grouped_linear_triton", x, weight)) is not None:
         out: Tensor = kernel.grouped_linear(x, offsets, weight)
         return out
     if x.is_cpu and _is_aligned(x, weight):
@@ -77,16 +75,6 @@ def sort_by_group(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ordered, order = groups.sort(stable=True)
     numbers = torch.arange(count + 1, dtype=ordered.dtype, device=groups.device)
     return order, torch.searchsorted(ordered, numbers, out_int32=True)
-
-
-@functools.cache
-def _triton_kernel() -> ModuleType | None:
-    """The module with the kernel; None where Triton is not installed. It comes with torch's builds for CUDA."""
-    try:
-        from inferfleet.kernels import grouped_linear_triton
-    except ImportError:
-        return None
-    return grouped_linear_triton
 
 
 def _is_aligned(x: Tensor, weight: Tensor) -> bool:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_float, c_int64, c_void_p
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build, threads
+from inferfleet.kernels import build, on_cuda, threads
 
 
 def write_reference(latent: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -66,7 +65,7 @@ def write_latent(latent: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
 
     A slot is block * block_size + offset; a negative slot is skipped (padding).
     """
-    if latent.is_cuda and (kernel := _triton_kernel()) is not None:
+    if (kernel := on_cuda.kernels("latent_attention_triton", latent, cache)) is not None:
         kernel.write_latent(latent, cache, slot_mapping)
         return
     native = _native() if _on_cpu(latent, cache) and latent.stride(1) == 1 else None
@@ -100,7 +99,7 @@ def latent_attention(
     A token's result does not depend on the other rows, nor, but for the reference, on how its prompt was cut into
     steps: a step of one token gives the same bits as the whole prompt at once.
     """
-    if q.is_cuda and (kernel := _triton_kernel()) is not None:
+    if (kernel := on_cuda.kernels("latent_attention_triton", q, cache)) is not None:
         result: Tensor = kernel.latent_attention(q, cache, block_tables, query_start, seq_lens, rank=rank, scale=scale)
         return result
     native = _native() if _takes(q, cache) else None
@@ -133,16 +132,6 @@ def _native() -> build.Functions | None:
     write = [*[c_void_p] * 3, *[c_int64] * 4]
     attend = [*[c_void_p] * 6, *[c_int64] * 7, c_float, c_int64]
     return build.bind({"write_latent": write, "latent_attention": attend})
-
-
-@functools.cache
-def _triton_kernel() -> ModuleType | None:
-    """The module with the kernels; None where Triton is not installed. It comes with torch's builds for CUDA."""
-    try:
-        from inferfleet.kernels import latent_attention_triton
-    except ImportError:
-        return None
-    return latent_attention_triton
 
 
 def _on_cpu(x: Tensor, cache: Tensor) -> bool:

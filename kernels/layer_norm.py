@@ -14,7 +14,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build, threads
+from inferfleet.kernels import build, on_cuda, threads
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -33,6 +33,9 @@ def add_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., H] normalised over H, times weight [H], plus bias [H]; the result is like x."""
+    if (kernel := on_cuda.kernels("norms_triton", x, weight, bias)) is not None:
+        normed: Tensor = kernel.layer_norm(x, None, weight, bias, eps)[0]
+        return normed
     native = _native() if _takes(x, weight, bias) else None
     if native is None:
         return reference(x, weight, bias, eps)
@@ -44,6 +47,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x and residual [T, H] -> (normalised sum, sum): the pair every pre-norm block needs, read once."""
+    if (kernel := on_cuda.kernels("norms_triton", x, residual, weight, bias)) is not None:
+        pair: tuple[Tensor, Tensor] = kernel.layer_norm(x, residual, weight, bias, eps)
+        return pair
     native = _native() if _takes(x, weight, bias) and x.dim() == 2 and _fits(residual, x) else None
     if native is None:
         return add_reference(x, residual, weight, bias, eps)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_float, c_int64, c_void_p
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build, threads
+from inferfleet.kernels import build, on_cuda, threads
 
 
 def write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -101,6 +102,9 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     A slot is block * block_size + offset; a negative slot is skipped (padding).
     """
+    if (kernel := _triton(k, k_cache, v_cache)) is not None:
+        kernel.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        return
     native = _native() if _takes(k, k_cache, v_cache) and _takes(v, v_cache, k_cache) else None
     if native is None or slot_mapping.dtype != torch.int64 or not slot_mapping.is_contiguous():
         write_reference(k, v, k_cache, v_cache, slot_mapping)
@@ -137,14 +141,17 @@ def paged_attention(
 
     q [T, h, D]; k_cache, v_cache [blocks, block_size, kv_heads, D] with h a multiple of kv_heads; block_tables
     [R, max_blocks] int32; query_start [R+1] int32; seq_lens [R] int32, the context including this step's tokens.
-    max_query_len (longest row of this batch) is a hint that a device path may use to pick its tiling.
+    max_query_len (longest row of this batch) tells the CUDA path whether there are rows of more than one token.
     A token's result does not depend on the other rows, nor in the C++ path on how its prompt was cut into steps
     (but for a step of one token, which is computed as decoding is).
     """
-    del max_query_len
+    batch = (q, k_cache, v_cache, block_tables, query_start, seq_lens)
+    if (kernel := _triton(q, k_cache, v_cache)) is not None:
+        sight = {"window": window, "chunk": chunk}
+        result: Tensor = kernel.paged_attention(*batch, scale=scale, **sight, max_query_len=max_query_len)
+        return result
     native = _native() if _takes(q, k_cache, v_cache) else None
     if native is None:
-        batch = (q, k_cache, v_cache, block_tables, query_start, seq_lens)
         return reference(*batch, scale=scale, window=window, chunk=chunk)
     tables, starts, lengths = _int32(block_tables), _int32(query_start), _int32(seq_lens)
     out = build.empty_like(q)
@@ -177,6 +184,18 @@ def _native() -> build.Functions | None:
     write = [*pointers, *[c_int64] * 5]
     attend = [*pointers, c_void_p, c_void_p, *[c_int64] * 9, c_float, c_int64]
     return build.bind({"write_kv": write, "paged_attention": attend})
+
+
+def _triton(x: Tensor, cache: Tensor, other: Tensor) -> ModuleType | None:
+    """The kernels in Triton, if they can read x [T, heads, D] against these caches."""
+    if (
+        x.shape[2] != cache.shape[3]
+        or not cache.is_contiguous()
+        or not other.is_contiguous()
+        or cache.shape != other.shape
+    ):
+        return None
+    return on_cuda.kernels("paged_attention_triton", x, cache, other)
 
 
 def _takes(x: Tensor, cache: Tensor, other: Tensor) -> bool:

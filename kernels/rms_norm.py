@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build, threads
+from inferfleet.kernels import build, on_cuda, threads
 
 Style = Literal["llama", "gemma", "zero_centered"]
 
@@ -50,6 +50,9 @@ def add_reference(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, style: Style = "llama") -> Tensor:
     """x [..., H] normalised over H, times weight [H] in the given style; the result is like x."""
+    if (kernel := on_cuda.kernels("norms_triton", x, weight)) is not None:
+        normed: Tensor = kernel.rms_norm(x, None, weight, eps, STYLES[style])[0]
+        return normed
     native = _native() if _takes(x, weight) else None
     if native is None:
         return reference(x, weight, eps, style=style)
@@ -63,6 +66,9 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, style: Style = "llama"
 ) -> tuple[Tensor, Tensor]:
     """x and residual [T, H] -> (normalised sum, sum): the pair every pre-norm block needs, read once."""
+    if (kernel := on_cuda.kernels("norms_triton", x, residual, weight)) is not None:
+        pair: tuple[Tensor, Tensor] = kernel.rms_norm(x, residual, weight, eps, STYLES[style])
+        return pair
     native = _native() if _takes(x, weight) and x.dim() == 2 and _fits(residual, x) else None
     if native is None:
         return add_reference(x, residual, weight, eps, style=style)

@@ -15,7 +15,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from inferfleet.kernels import build, rms_norm, threads
+from inferfleet.kernels import build, on_cuda, rms_norm, threads
 from inferfleet.kernels.rms_norm import STYLES, Style
 
 MAX_WIDTH = 1024  # of a head, as in csrc/rotary.cpp
@@ -50,6 +50,9 @@ def pairs_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D] turned by cos and sin [T, R], R even and <= D; computed in float32, returned like x."""
+    if (kernel := on_cuda.kernels("rotary_triton", x)) is not None:
+        turned: Tensor = kernel.turn(x, cos, sin)
+        return turned
     native = _native() if _takes(x, None, cos, sin) else None
     if native is None:
         return reference(x, cos, sin)
@@ -58,6 +61,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def apply_rotary_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same for a head whose neighbours (2i, 2i + 1) turn together; the result keeps that order."""
+    if (kernel := on_cuda.kernels("rotary_triton", x)) is not None:
+        turned: Tensor = kernel.turn(x, cos, sin, in_pairs=True)
+        return turned
     native = _native() if _takes(x, None, cos, sin) else None
     if native is None:
         return pairs_reference(x, cos, sin)
@@ -81,6 +87,9 @@ def norm_rotary(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, style: Style = "llama"
 ) -> Tensor:
     """x [T, heads, D] normalised over D (weight [D] or None) and then turned: one pass over q or over k."""
+    if (kernel := on_cuda.kernels("rotary_triton", x, weight)) is not None:
+        turned: Tensor = kernel.turn(x, cos, sin, norm=(weight, eps, STYLES[style]))
+        return turned
     native = _native() if _takes(x, weight, cos, sin) else None
     if native is None:
         return norm_reference(x, weight, eps, cos, sin, style=style)

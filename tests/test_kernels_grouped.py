@@ -4,13 +4,9 @@ Tolerances: float32 to 1e-5 of the result's size, bfloat16 to one unit in the la
 here under Triton's interpreter, which multiplies no bfloat16: float16 stands for the narrow dtypes.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import interpreted, needs_interpreter
 
 from inferfleet.kernels import grouped_linear as grouped
 from inferfleet.kernels import linear, moe
@@ -146,13 +142,12 @@ print("same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_interpreter
 def test_the_triton_kernel_equals_the_reference_and_a_row_alone_equals_itself_among_others():
-    # Given the kernel under Triton's interpreter, which must be chosen before Triton is imported,
+    # Given the kernel under Triton's interpreter,
     program = UNDER_THE_INTERPRETER.replace("COUNTS", repr(COUNTS))
     # when it multiplies every routing of this file, then it gives what the reference gives.
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    done = interpreted(program)
     assert done.stdout == "same\n", done.stderr
 
 

@@ -4,14 +4,11 @@ Tolerances: float32 to 2e-5 (softmax in another order of sums); bfloat16 to one 
 the size of the latents (2^-7).
 """
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import interpreted, needs_interpreter
 
 from inferfleet.kernels import build
 from inferfleet.kernels import latent_attention as latents
@@ -201,14 +198,11 @@ print("same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_interpreter
 def test_the_triton_kernels_equal_the_reference_and_no_cut_of_their_work_shows():
-    # Given the kernels under Triton's interpreter, which must be chosen before Triton is imported,
-    places = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": places}
-    # when they run a ragged batch, in one program a tile or one a piece, and a token of it alone,
-    program = [sys.executable, "-W", "error", "-c", UNDER_THE_INTERPRETER]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    # Given the kernels under Triton's interpreter, when they run a ragged batch, in one program a tile or one a piece,
+    # and a token of it alone,
+    done = interpreted(UNDER_THE_INTERPRETER)
     # then they give what the reference gives, and the same bits each time.
     assert done.stdout == "same\n", done.stderr
 

@@ -18,6 +18,9 @@ class Decoder(nn.Module):
     prefix = "model."
     #: Whether the model's layers take shares, so that several ranks can hold it together.
     can_split = False
+    #: Whether a step that only decodes does the same whatever is in it: it asks nothing of a batch but tensors, reads
+    #: none of them on the host and updates no state, so that it can be recorded once and replayed.
+    can_replay = False
     #: The norm behind the last block, and the head that reads it: every family has both under these names.
     norm: nn.Module
     lm_head: Head

@@ -114,6 +114,7 @@ class DeepseekV2ForCausalLM(Decoder):
     """The whole model; its protocol is families.Model."""
 
     can_split = True
+    can_replay = True
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()

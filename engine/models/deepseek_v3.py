@@ -125,6 +125,7 @@ class DeepseekV3ForCausalLM(Decoder):
     """The whole model; its protocol is families.Model."""
 
     can_split = True
+    can_replay = True
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()

@@ -267,6 +267,7 @@ class Gemma4ForCausalLM(Decoder):
     """The whole text model; its protocol is families.Model."""
 
     can_split = True
+    can_replay = True
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()

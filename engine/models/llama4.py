@@ -162,6 +162,7 @@ class Llama4ForCausalLM(Decoder):
     """The text model; its protocol is families.Model."""
 
     can_split = True
+    can_replay = True
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()

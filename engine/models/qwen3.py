@@ -51,6 +51,7 @@ class Qwen3ForCausalLM(Decoder):
     """The whole dense model; its protocol is families.Model."""
 
     can_split = True
+    can_replay = True
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()

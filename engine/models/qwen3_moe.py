@@ -81,6 +81,7 @@ class Qwen3MoeForCausalLM(Decoder):
     """The whole mixture model; its protocol is families.Model."""
 
     can_split = True
+    can_replay = True
 
     def __init__(self, config: Mapping[str, Any], *, place: Place) -> None:
         super().__init__()

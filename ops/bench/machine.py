@@ -59,20 +59,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def copy_rate(device: torch.device, num_bytes: int = 256 * 2**20) -> float:
+#: Of a tensor that no cache holds, and the side of a product that keeps every unit of the device busy.
+NUM_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+def copy_rate(device: torch.device) -> float:
     """Bytes read and written per second by a large copy; the best of five."""
+    num_bytes = NUM_BYTES[device.type]
     source = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds(lambda: target.copy_(source), device, 5)["best"]
 
 
-def read_rate(device: torch.device, num_bytes: int = 256 * 2**20) -> float:
+def read_rate(device: torch.device) -> float:
     """Bytes read per second by a sum over a large tensor; the best of five."""
+    num_bytes = NUM_BYTES[device.type]
     source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     return num_bytes / seconds(source.sum, device, 5)["best"]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large product; the best of five."""
+    size = SIDE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
     return 2 * size**3 / seconds(lambda: a @ b, device, 5)["best"]

@@ -188,11 +188,9 @@ def theirs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
     """diffusers' own pipeline with the same numbers. ImportError where transformers, which it wants, is missing."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    with torch.device(device):
-        transformer = FluxTransformer2DModel(**shape.transformer()).to(dtype).eval().requires_grad_(False)
-    parameters = dict(transformer.named_parameters())
-    for name, value in weights(shape, dtype, device):
-        parameters[name].data.copy_(value)
+    # In place of parameters without memory: a GPU would not hold those of the published shape in float32 as well.
+    transformer = _skeleton(shape).eval().requires_grad_(False)
+    transformer.load_state_dict(dict(weights(shape, dtype, device)), assign=True)
     whole = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(scheduler(shape)),
         vae=vae(shape, dtype, device),
