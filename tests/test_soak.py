@@ -1,17 +1,8 @@
 """A whole fleet under random faults, and the checker that judges it. See soak/."""
 
-import time
 
-import invariants
 import pytest
-from fleet import Fleet
-from invariants import Accepted
-from live_batches import line
-from receivers import Receiver
 from soak.run import Soak
-
-from inferfleet.tasks.stores import RedisStore
-from inferfleet.tasks.webhooks import new_secret
 
 LONG_SECONDS = 75
 

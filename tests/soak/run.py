@@ -12,12 +12,12 @@ import invariants
 import openai
 from outbox_moves import pass_time
 from receivers import Receiver, answer, drip, reset, silence
-from soak.faults import Chaos
-from soak.load import Load
-from soak.parts import WORKERS, Parts
 
 from inferfleet.tasks.batches import TERMINAL as BATCH_ENDS
 from inferfleet.tasks.webhooks import new_secret
+from soak.faults import Chaos
+from soak.load import Load
+from soak.parts import WORKERS, Parts
 
 START_SECONDS, REST_SECONDS = 60, 60
 ENDPOINT_EVENTS = ("job.completed", "job.failed", "job.cancelled")
