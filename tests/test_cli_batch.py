@@ -3,11 +3,14 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 from chaosproxy import ChaosProxy
+from fleet import until
 from live_api import running_api
 from live_batches import jsonl, line, running_batches
 from rich.console import Console
@@ -113,6 +116,20 @@ def test_a_run_that_was_broken_off_goes_on_with_its_batch(run, work, api, tmp_pa
     assert (ran.code, len(batches(run)) - before) == (0, 1)
     assert "going on with batch_" in ran.err
     assert len(read(tmp_path / "work.output.jsonl")) == 20
+
+
+def test_a_run_that_was_killed_goes_on_with_its_batch(run, work, api, tmp_path):
+    # Given the program itself, killed while its batch waits for a worker
+    api.worker.paused = True
+    program = [sys.executable, "-m", "inferfleet.workers.cli", "batch", "run", "work.jsonl"]
+    state = tmp_path / "work.output.jsonl.batch"
+    with subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        batch = until(lambda: state.exists() and json.loads(state.read_text())["batch_id"])
+        process.kill()
+    # when the same command is given again, then it is the same batch
+    go_on(api)
+    assert run("batch", "run", "work.jsonl", "--json").json["id"] == batch
+    assert (len(read(tmp_path / "work.output.jsonl")), state.exists()) == (20, False)
 
 
 @pytest.mark.parametrize("lost", ["upload", "batch"])
