@@ -12,7 +12,7 @@ from ledger_moves import FAR, PAST, delta
 from queue_twin import QueueTwin
 
 from inferfleet.tasks.dead_letters import read_attempts
-from inferfleet.tasks.errors import AlreadyTerminal, Conflict, JobNotFound, NotQueued, NotTerminal
+from inferfleet.tasks.errors import AlreadyTerminal, Conflict, JobNotFound, NotQueued, NotTerminal, QuotaExceeded
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.names import DELTA, PROGRESS, TERMINAL, output_id
 from inferfleet.tasks.records import Work
@@ -21,6 +21,9 @@ from inferfleet.tasks.stores import RedisStore
 MODELS = ("m", "n")
 TENANTS = ("a", "b", "c")
 AGEING = 3
+WEIGHTS = {"a": 1, "b": 2, "c": 1}
+#: Of tenant c.
+QUEUED_JOBS, CONCURRENT_JOBS = 2, 3
 MAX_DEATHS = 2
 LONG = 600_000
 HOOK = "https://receiver.example/hook"
@@ -96,6 +99,8 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.ledger = Ledger.from_url(url, f"machine{next(numbers)}")
         self.ledger.redis.flushall()  # what earlier machines left would make every look at all keys slower
+        limits = {"queued_jobs": QUEUED_JOBS, "concurrent_jobs": CONCURRENT_JOBS}
+        self.ledger.put_tenants({"b": {"weight": WEIGHTS["b"]}, "c": limits})
         self.store = RedisStore(self.ledger, 60)
         self.twins: dict[str, Twin] = {}
         self.queues = {model: QueueTwin(AGEING) for model in MODELS}
@@ -115,8 +120,9 @@ class LedgerMachine(RuleBasedStateMachine):
         """A job of the model waits from now on."""
         twin = self.twins[job_id]
         self.queues[twin.model].put(
-            job_id, tenant=twin.tenant, priority=twin.priority, batch=twin.batch, place=twin.place, cost=twin.cost
-        )
+            job_id, tenant=twin.tenant, priority=twin.priority, batch=twin.batch, place=twin.place,
+            cost=twin.cost * 100 / WEIGHTS[twin.tenant],
+        )  # fmt: skip
 
     @rule(
         model=st.sampled_from(MODELS),
@@ -130,10 +136,19 @@ class LedgerMachine(RuleBasedStateMachine):
         job_id = f"job_{999 - len(self.twins)}"  # so that the order of ids is not that of ages
         options = {"model": model, "tenant": tenant, "body_hash": "h", "priority": priority, "deadline_ms": deadline,
                    "webhook": HOOK, "batch_id": "batch_1" if batch else None, "work": Work(cost=cost)}  # fmt: skip
+        if self.over_quota(tenant, batch):
+            with pytest.raises(QuotaExceeded):
+                self.ledger.submit(job_id, b"{}", **options)
+            return
         answers = [self.ledger.submit(job_id, b"{}", **options) for _ in range(2)]
         assert [answer.queued for answer in answers] == [True, False]
         self.twins[job_id] = Twin(model, tenant, priority, deadline, len(self.twins), batch, cost)
         self.wait(job_id)
+
+    def over_quota(self, tenant, batch):
+        states = [twin.state for twin in self.twins.values() if twin.tenant == tenant and twin.state not in TERMINAL]
+        counts = ((states.count("queued"), QUEUED_JOBS), (len(states), CONCURRENT_JOBS))
+        return tenant == "c" and any(count + 1 > (limit / 2 if batch else limit) and count for count, limit in counts)
 
     @rule(model=st.sampled_from(MODELS), lease_over=st.booleans(), online=st.sampled_from([False, False, True]))
     def claim(self, model, lease_over, online):
@@ -410,6 +425,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for state, tenant in {(twin.state, twin.tenant) for twin in self.twins.values()}:
             mine = {i for i, twin in self.twins.items() if (twin.state, twin.tenant) == (state, tenant)}
             assert self.members(f"in:{state}:{tenant}") == mine
+
+    @invariant()
+    def the_bytes_that_wait_are_counted(self):
+        for tenant in TENANTS:
+            counted = int(self.ledger.redis.hget(f"{self.ledger.prefix}quota:{tenant}", "bytes") or 0)
+            waiting = [twin for twin in self.twins.values() if (twin.tenant, twin.state) == (tenant, "queued")]
+            assert counted == len(b"{}") * len(waiting)
 
     @invariant()
     def the_queue_of_a_model_without_jobs_leaves_nothing_but_its_counter(self):

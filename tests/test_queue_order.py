@@ -128,6 +128,19 @@ def test_a_warm_job_does_not_pass_an_earlier_deadline(ledger):
     assert claim(ledger, affinity=calls.affinity_code("x")).job_id == "job_soon"
 
 
+def test_tenants_with_nothing_queued_leave_nothing_that_a_claim_looks_at(ledger):
+    # given a class that is never empty, and many tenants that came and went
+    fill(ledger, "a", 3)
+    for number in range(50):
+        submit(ledger, f"job_{number}", tenant=f"t{number}")
+        submit(ledger, f"job_a{number + 3}", tenant="a")
+        drain(ledger, 2)
+    # then only the tenants of the last turns are still known
+    assert ledger.queues("m")[0].waiting > 0
+    sizes = [ledger.redis.zcard(key) for kind in ("turns", "rested") for key in ledger.redis.keys(f"*{kind}:*")]
+    assert sum(sizes) <= 3
+
+
 def test_queue_positions_are_the_order_of_claims(ledger):
     fill(ledger, "a", 7, cost=2)
     fill(ledger, "b", 9, cost=1)

@@ -31,6 +31,7 @@ appendonly yes
 appendfsync everysec
 save ""
 maxmemory-policy noeviction
+stream-node-max-bytes 512
 daemonize no
 """
 
