@@ -369,3 +369,21 @@ def test_online_work_goes_before_the_lines_of_a_batch(api, client):
     api.worker.renew()
     api.worker.ring("paper", 60)
     assert wait_for_end(client, made.id).request_counts.completed == 50
+
+
+def test_lines_wait_for_their_tenants_quota_and_leave_room_for_its_chats(redis_url):
+    limits = {"default": {"concurrent_jobs": 6, "requests_per_minute": 6000}}
+    with running_api(redis_url, tenants=limits) as api, running_batches(api.settings, api.worker.ring):
+        client = api.sdk()
+        # given more lines than may be open at once, and a worker that has not begun
+        api.worker.paused = True
+        batch = start(client, [line(f"l{number}", "say ok") for number in range(8)])
+        until(lambda: api.worker.ledger.stats().get("paper", {}).get("waiting") == 3)
+        # then a chat is accepted beside them, and when the worker begins every line has its answer
+        with api.http() as http:
+            job = http.post("/v1/jobs", json={"body": {"model": "paper", "messages": line("x")["body"]["messages"]}})
+            assert job.status_code == 202
+        api.worker.paused = False
+        api.worker.ring("paper", 1)
+        ended = wait_for_end(client, batch.id)
+        assert (ended.status, ended.request_counts.completed) == ("completed", 8)

@@ -1,5 +1,6 @@
 """In which order jobs are claimed: fair turns of tenants, ageing, room for online work, warm prefixes, old queues."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -12,10 +13,13 @@ from inferfleet.tasks.contracts import parse_job
 from inferfleet.tasks.records import Work
 
 
+numbers = itertools.count()
+
+
 def drain(ledger, limit=10_000, **options):
     """The ids in the order of claims, each ended at once."""
     order = []
-    while len(order) < limit and (found := claim(ledger, f"{len(order)}.{id(order)}", **options)) is not None:
+    while len(order) < limit and (found := claim(ledger, f"drain{next(numbers)}", **options)) is not None:
         ledger.complete(found.job_id, found.fence, state="completed", response=b"{}")
         order.append(found.job_id)
     return order
