@@ -65,7 +65,9 @@ def as_unavailable() -> Iterator[None]:
     except RuntimeError as error:
         if "closed" not in str(error):
             raise
-        raise LedgerUnavailable("the ledger (Redis) does not answer: its connection is closed", retry_after=1) from error
+        raise LedgerUnavailable(
+            "the ledger (Redis) does not answer: its connection is closed", retry_after=1
+        ) from error
 
 
 class Carrier:

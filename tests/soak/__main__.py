@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 
 from conftest import redis_binary
-from soak.run import Soak
 from swift_s3 import SwiftServer, swift_python
+
+from soak.run import Soak
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 import psutil
 import redis
 from chaosproxy import Faults
+
 from soak.parts import Parts
 
 HOUR = 3600

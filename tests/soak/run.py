@@ -12,12 +12,12 @@ import invariants
 import openai
 from outbox_moves import pass_time
 from receivers import Receiver, answer, drip, reset, silence
-from soak.faults import Chaos
-from soak.load import Load
-from soak.parts import WORKERS, Parts
 
 from inferfleet.tasks.batches import TERMINAL as BATCH_ENDS
 from inferfleet.tasks.webhooks import new_secret
+from soak.faults import Chaos
+from soak.load import Load
+from soak.parts import WORKERS, Parts
 
 START_SECONDS, REST_SECONDS = 60, 60
 ENDPOINT_EVENTS = ("job.completed", "job.failed", "job.cancelled")
@@ -182,7 +182,17 @@ class Soak:
             for member, _ in client.zrange(prefix + key, 0, -1, withscores=True):
                 client.zadd(prefix + key, {member: 1}, xx=True)
         deadline = time.monotonic() + 30
-        patterns = ("job:*", "batch:*", "file:*", "delivery:*", "parts:*", "owners:*", "events:*", "tries:*", "output:*")
+        patterns = (
+            "job:*",
+            "batch:*",
+            "file:*",
+            "delivery:*",
+            "parts:*",
+            "owners:*",
+            "events:*",
+            "tries:*",
+            "output:*",
+        )
         while time.monotonic() < deadline:
             ledger.sweep(100, result_ttl_ms=0, dead_ttl_ms=0)
             left = [key.decode() for pattern in patterns for key in client.keys(prefix + pattern)]
