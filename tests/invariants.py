@@ -178,8 +178,10 @@ def _heard(receiver, secret, wrong):
 # Redis ---------------------------------------------------------------------------------------------------------------
 
 #: Empty where nothing waits or runs.
-RESTLESS = ("waiting:*", "ages:*", "running:*", "leases", "deadlines", "queue:*", "sending:*", "outbox", "batches:open",
-            "tail:*", "batch_done:*", "batch_only:*", "users:*")  # fmt: skip
+RESTLESS = (
+    "waiting:*", "classes:*", "turns:*", "costs:*", "ages:*", "running:*", "leases", "deadlines", "queue:*",
+    "sending:*", "outbox", "batches:open", "tail:*", "batch_done:*", "batch_only:*", "users:*",
+)  # fmt: skip
 
 
 def unrest(ledger):
@@ -209,7 +211,7 @@ LISTED = (
 #: The lists, and what the namespace has one of.
 FLEETWIDE = re.compile(
     r"(seq|delivery_number|signing|reaper|models|ended|finished|dead|leases|deadlines|expiring|forget_deliveries|outbox"
-    r"|batches:(open|ended)|(waiting|ages|running|pace|dead|jobs|in|batches|deliveries|endpoints|files|here|cards"
+    r"|batches:(open|ended)|(waiting|classes|turns|rested|costs|order|quota|ages|running|pace|dead|jobs|in|batches|deliveries|endpoints|files|here|cards"
     r"|hook_secret|queue|sending|keys|workers|figures|metrics):?.*)"
 )
 
@@ -255,7 +257,7 @@ def _has_owner(client, prefix, name, key, kept):
 
 def _kept_files(ledger):
     """Keys of files in this Redis that a job's record or a shelf names."""
-    client, prefix = ledger.redis, ledger.prefix
+    client = ledger.redis
     kept = set()
     for key in client.scan_iter(ledger.prefix + "job:*", count=1000):
         kept |= set((client.hget(key, "output_keys") or b"").decode().split())

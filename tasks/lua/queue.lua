@@ -55,7 +55,9 @@ end
 -- What waits of a tenant, for its quota. Jobs that an older version accepted are not counted.
 local function count_bytes(job, sign)
   local bytes = number(job.bytes)
-  if bytes then redis.call('HINCRBY', P .. 'quota:' .. job.tenant, 'bytes', sign * bytes) end
+  if not bytes then return end
+  local key = P .. 'quota:' .. job.tenant
+  if redis.call('HINCRBY', key, 'bytes', sign * bytes) == 0 then redis.call('HDEL', key, 'bytes') end
 end
 
 local function class_time(job)
