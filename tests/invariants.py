@@ -178,10 +178,9 @@ def _heard(receiver, secret, wrong):
 # Redis ---------------------------------------------------------------------------------------------------------------
 
 #: Empty where nothing waits or runs.
-RESTLESS = (
-    "waiting:*", "classes:*", "turns:*", "costs:*", "ages:*", "running:*", "leases", "deadlines", "queue:*",
-    "sending:*", "outbox", "batches:open", "tail:*", "batch_done:*", "batch_only:*", "users:*",
-)  # fmt: skip
+RESTLESS = ("waiting:*", "ages:*", "classes:*", "turns:*", "rested:*", "costs:*", "bytes", "running:*", "leases",
+            "deadlines", "queue:*", "sending:*", "outbox", "batches:open", "tail:*", "batch_done:*", "batch_only:*",
+            "users:*")  # fmt: skip
 
 
 def unrest(ledger):

@@ -429,7 +429,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def the_bytes_that_wait_are_counted(self):
         for tenant in TENANTS:
-            counted = int(self.ledger.redis.hget(f"{self.ledger.prefix}quota:{tenant}", "bytes") or 0)
+            counted = int(self.ledger.redis.hget(f"{self.ledger.prefix}bytes", tenant) or 0)
             waiting = [twin for twin in self.twins.values() if (twin.tenant, twin.state) == (tenant, "queued")]
             assert counted == len(b"{}") * len(waiting)
 

@@ -86,7 +86,7 @@ def test_queued_bytes_come_back_when_a_job_starts_or_ends(ledger):
     assert refused(ledger, "job_4")[:3] == ("queued_bytes", 5, 6)
     for job_id in ("job_1", "job_2", "job_3"):
         ledger.cancel(job_id)
-    assert not ledger.redis.exists(f"{ledger.prefix}quota:a")
+    assert not ledger.redis.exists(f"{ledger.prefix}bytes")
 
 
 def test_whoever_is_not_named_has_the_quotas_of_the_star(ledger):

@@ -16,6 +16,7 @@
 --   rested:<q>           zset  the same of those without, while it is ahead of the class
 --   costs:<q>            hash  tenant -> the summed cost of its jobs
 --   waiting:<q>\n<tenant>  zset  every score 0; members are places, so their text is the order
+--   bytes                hash  tenant -> bytes of its waiting jobs, as they were submitted
 --   pace:<model>         hash  last (ms of the last end), gap (moving average of ms between ends); and while jobs waited
 --                              at an end: busy_ms, busy_ends (fading sums), busy_seen (ends in all)
 -- A fleet before this format had one zset waiting:<model> of places that begin with the priority; see adopt.
@@ -52,12 +53,12 @@ local function cost_of(job)
   return number(job.cost) or 100
 end
 
--- What waits of a tenant, for its quota. Jobs that an older version accepted are not counted.
+-- Bytes that wait of a tenant, for its quota. Jobs that an older version accepted are not counted.
 local function count_bytes(job, sign)
   local bytes = number(job.bytes)
-  if not bytes then return end
-  local key = P .. 'quota:' .. job.tenant
-  if redis.call('HINCRBY', key, 'bytes', sign * bytes) == 0 then redis.call('HDEL', key, 'bytes') end
+  if bytes and redis.call('HINCRBY', P .. 'bytes', job.tenant, sign * bytes) == 0 then
+    redis.call('HDEL', P .. 'bytes', job.tenant)
+  end
 end
 
 local function class_time(job)

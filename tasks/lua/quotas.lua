@@ -1,8 +1,8 @@
 -- What a tenant may ask for. Stands in front of submit alone; limits are set by the settings [tenants.NAME].
 --
 --   tenants           hash  tenant ('*' = whoever is not named) -> JSON: weight and limits, absent = none
---   quota:<tenant>    hash  bytes (of its waiting jobs, as they were submitted); and of each rate <name>, how much of
---                           it is used (leaks away evenly, all of the limit in its period) and <name>_ms, as of when
+--   quota:<tenant>    hash  of each rate <name>, how much of it is used (leaks away evenly, all of the limit in its
+--                           period) and <name>_ms, as of when; dies by itself after a day
 -- Lines of batches leave half of every quota to other work: they wait, and nobody's chat is refused for them. What has
 -- nothing before it always passes, if it is not larger than the quota itself.
 
@@ -50,7 +50,7 @@ local function refused_by_quota(job, limits, amounts)
     if answer then return answer end
   end
   if limits.queued_bytes then
-    local used = number(redis.call('HGET', P .. 'quota:' .. job.tenant, 'bytes')) or 0
+    local used = number(redis.call('HGET', P .. 'bytes', job.tenant)) or 0
     local answer = refusal(job, 'queued_bytes', used, amounts.bytes, limits.queued_bytes, '')
     if answer then return answer end
   end
@@ -72,6 +72,7 @@ local function use_quotas(job, limits, amounts)
     if limits[rate.name] then
       local used = used_now(job.tenant, rate, limits[rate.name])
       redis.call('HSET', key, rate.name, used + amounts[rate.name], rate.name .. '_ms', whole(NOW))
+      redis.call('PEXPIRE', key, 86400000)
     end
   end
 end
