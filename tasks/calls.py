@@ -320,8 +320,8 @@ def lose(job_id: str, fence: int, *, max_deaths: int = 3, reason: str = "") -> C
 def reap(
     limit: int = 100, max_deaths: int = 3, *, silence_ms: int = 0, lease_ms: int = 0
 ) -> Call[list[tuple[str, Lost]]]:
-    """Take back jobs whose lease is over on Redis time. Where nobody asked for longer than silence_ms, Redis was away or
-    stood still, and for lease_ms from then nothing is taken back: nobody could renew a lease meanwhile."""
+    """Take back jobs whose lease is over on Redis time. Where nobody asked for longer than silence_ms (0 = no matter),
+    Redis was away or stood still, and no lease could be renewed: for lease_ms from then nothing is taken back."""
 
     def parse(answer: list[bytes]) -> list[tuple[str, Any]]:
         words = [text(word) for word in answer]

@@ -38,8 +38,8 @@ def put_card(model: str, card: Mapping[str, Any], worker: str, ttl_seconds: floa
 
 
 def cards() -> Call[dict[str, Card]]:
-    """One card a served model: a ready worker's before one that still loads, then the latest. A model whose workers fell
-    silent is remembered for ten minutes as "unserved": while Redis is away none of them can say that it lives.
+    """One card a served model: a ready worker's before one that still loads, then the latest. A model whose workers
+    fell silent is remembered for ten minutes as "unserved": while Redis is away none of them can say that it lives.
     """
 
     def parse(answer: list[bytes]) -> dict[str, Card]:

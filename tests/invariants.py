@@ -255,7 +255,7 @@ def _has_owner(client, prefix, name, key, kept):
 
 def _kept_files(ledger):
     """Keys of files in this Redis that a job's record or a shelf names."""
-    client, prefix = ledger.redis, ledger.prefix
+    client = ledger.redis
     kept = set()
     for key in client.scan_iter(ledger.prefix + "job:*", count=1000):
         kept |= set((client.hget(key, "output_keys") or b"").decode().split())

@@ -1,4 +1,4 @@
-"""Clients that never give up: each asks again with the same key until it has an answer, and writes down what was accepted."""
+"""Clients that never give up: each asks again with the same key until it is answered, and notes what was accepted."""
 
 import json
 import random

@@ -22,8 +22,8 @@ from inferfleet.tasks.stores import open_store
 NAMESPACE = "soak"
 MODELS = {"m": {"path": "fake"}, "p": {"path": "image"}}
 #: Short leases, so that a minute holds many of them; more deaths than usual, so that faults bury no innocent job.
-TIMES = {"lease_seconds": 2, "heartbeat_seconds": 0.5, "sweep_seconds": 0.3, "drain_grace_seconds": 3, "stall_seconds": 4,
-         "max_deaths": 5}  # fmt: skip
+TIMES = {"lease_seconds": 2, "heartbeat_seconds": 0.5, "sweep_seconds": 0.3, "drain_grace_seconds": 3,
+         "stall_seconds": 4, "max_deaths": 5}  # fmt: skip
 WORKERS = 2
 
 
