@@ -12,7 +12,6 @@ from inferfleet.tasks import calls, names
 from inferfleet.tasks.contracts import parse_job
 from inferfleet.tasks.records import Work
 
-
 numbers = itertools.count()
 
 
