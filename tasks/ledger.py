@@ -33,7 +33,7 @@ CONNECT_TIMEOUT = 2.0
 RETRIES = 6
 BACKOFF = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
 #: Of an event loop. uvloop says with a RuntimeError that a connection was cut since it was last used.
-BROKEN = (exceptions.ConnectionError, exceptions.TimeoutError, RuntimeError)
+BROKEN: tuple[Any, ...] = (exceptions.ConnectionError, exceptions.TimeoutError, RuntimeError)
 #: Each waiting reader of events holds one connection.
 MAX_CONNECTIONS = 10_000
 

@@ -13,7 +13,7 @@ SCRIPTED = (sys.executable, "-S", str(Path(__file__).with_name("fake_engine.py")
 
 
 def main(settings: str, log_path: str, real: bool, clock_shift: float = 0) -> None:
-    """Runs until a signal, its output in a file. `settings` are JSON; its wall clock is clock_shift seconds ahead."""
+    """Runs until a signal, its output in a file. `settings` are JSON; its clock is ahead by clock_shift seconds."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)

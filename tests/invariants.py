@@ -178,9 +178,9 @@ def _heard(receiver, secret, wrong):
 # Redis ---------------------------------------------------------------------------------------------------------------
 
 #: Empty where nothing waits or runs.
-RESTLESS = ("waiting:*", "ages:*", "classes:*", "turns:*", "rested:*", "costs:*", "bytes", "running:*", "leases",
-            "deadlines", "queue:*", "sending:*", "outbox", "batches:open", "tail:*", "batch_done:*", "batch_only:*",
-            "users:*")  # fmt: skip
+RESTLESS = ("waiting:*", "ages:*", "classes:*", "turns:*", "costs:*", "bytes", "running:*", "leases", "deadlines",
+            "queue:*", "sending:*", "outbox", "runs", "run_due", "run_leases", "batches:open", "tail:*", "batch_done:*",
+            "batch_only:*", "users:*")  # fmt: skip
 
 
 def unrest(ledger):
@@ -209,9 +209,10 @@ LISTED = (
 )
 #: The lists, and what the namespace has one of.
 FLEETWIDE = re.compile(
-    r"(seq|delivery_number|signing|reaper|models|ended|finished|dead|leases|deadlines|expiring|forget_deliveries|outbox"
-    r"|batches:(open|ended)|(waiting|classes|turns|rested|costs|order|quota|ages|running|pace|dead|jobs|in|batches|deliveries|endpoints|files|here|cards"
-    r"|hook_secret|queue|sending|keys|workers|figures|metrics):?.*)"
+    r"(seq|delivery_number|signing|reaper|tenants|runs|run_due|run_leases|models|ended|finished|dead|leases"
+    r"|deadlines|expiring|forget_deliveries|outbox|bytes|batches:(open|ended)"
+    r"|(waiting|ages|running|pace|dead|jobs|in|batches|deliveries|endpoints|files|here|cards"
+    r"|order|classes|turns|rested|costs|quota|hook_secret|queue|sending|keys|workers|figures|metrics):?.*)"
 )
 
 

@@ -117,11 +117,11 @@ def test_a_redis_that_stood_still_for_longer_than_a_lease_costs_no_job_a_death(f
     fleet.start_worker(lease_seconds=1, heartbeat_seconds=0.3)
     fleet.start_worker(lease_seconds=1, heartbeat_seconds=0.3)
     server = psutil.Process(own_redis.process.pid)
-    jobs = [fleet.submit("tokens=400 step=0.02") for _ in range(6)]
+    jobs = [fleet.submit("tokens=250 step=0.02") for _ in range(6)]
     for job_id in jobs:
         fleet.wait_for_words(job_id)
 
-    for _ in range(3):
+    for _ in range(2):
         server.send_signal(signal.SIGSTOP)
         time.sleep(1.5)
         server.send_signal(signal.SIGCONT)
@@ -130,7 +130,7 @@ def test_a_redis_that_stood_still_for_longer_than_a_lease_costs_no_job_a_death(f
     records = [fleet.wait(job_id) for job_id in jobs]
     assert {(record.state, record.deaths) for record in records} == {("completed", 0)}
     for record in records:
-        assert_published_once(fleet.ledger, record, 400)
+        assert_published_once(fleet.ledger, record, 250)
 
 
 def refuses(http):

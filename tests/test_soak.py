@@ -27,7 +27,7 @@ def soaked(seed, seconds, redis_binary_path, session_swift, tmp_path):
 
 @pytest.mark.timeout(200)
 def test_nothing_is_lost_and_nothing_done_twice_under_random_faults(redis_binary_path, session_swift, tmp_path):
-    soaked(7, 10, redis_binary_path, session_swift, tmp_path)
+    soaked(7, 8, redis_binary_path, session_swift, tmp_path)
 
 
 @pytest.mark.slow
