@@ -41,6 +41,8 @@ class QueueTwin:
                     del cls.jobs[tenant]
                 if not cls.jobs:
                     del self.classes[name]
+        if not self.classes:
+            self.claims = 0
 
     def first(self, online):
         """(class, tenant, job id) that a claim looks at first, or None."""

@@ -9,8 +9,8 @@
 -- Ageing: a class that was passed over `ageing` claims in a row goes next, the one that waits longest first.
 --
 -- <q> = <model>\n<class>; neither holds a line feed
---   order:<model>        hash  claims (given so far), paused_ms ('' = not paused), and of each class n:<class> (jobs that
---                              wait) and v:<class> (its virtual time)
+--   order:<model>        hash  claims (given since the queue was empty), paused_ms ('' = not paused), and of each
+--                              class n:<class> (jobs that wait) and v:<class> (its virtual time)
 --   classes:<model>      zset  class -> the claim at which it was served last, or began to wait
 --   turns:<q>            zset  tenant -> virtual time, of the tenants with jobs in it
 --   rested:<q>           zset  the same of those without, while it is ahead of the class
@@ -94,6 +94,7 @@ local function leave_place(job)
   if redis.call('HINCRBY', state, 'n:' .. class, -1) == 0 then
     redis.call('ZREM', P .. 'classes:' .. job.model, class)
     redis.call('HDEL', state, 'n:' .. class, 'v:' .. class)
+    if redis.call('EXISTS', P .. 'classes:' .. job.model) == 0 then redis.call('HDEL', state, 'claims') end
     redis.call('UNLINK', P .. 'turns:' .. q, P .. 'rested:' .. q, P .. 'costs:' .. q)
   elseif redis.call('EXISTS', P .. 'waiting:' .. q .. '\n' .. job.tenant) == 1 then
     redis.call('HINCRBY', P .. 'costs:' .. q, job.tenant, -cost_of(job))
