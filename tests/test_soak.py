@@ -1,6 +1,5 @@
 """A whole fleet under random faults, and the checker that judges it. See soak/."""
 
-
 import pytest
 from soak.run import Soak
 
