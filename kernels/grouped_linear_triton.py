@@ -7,12 +7,15 @@ same alone and among others. Imported only where it runs, because importing Trit
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, DEPTH = 64, 64, 32
+from inferfleet.kernels.tiles_triton import find_tile, padded
+
+ROWS, COLUMNS = 64, 64
+#: Bytes of a row that are loaded together; exact float32 has no matrix units and keeps what it multiplies in registers.
+DEPTH_BYTES = {2: 256, 4: 128}
 
 
 def grouped_linear(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
@@ -22,24 +25,13 @@ def grouped_linear(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(rows, columns)
     if out.numel() == 0:
         return out
-    tile_group, tile_begin = place_tiles(offsets, rows)
-    grid = (tile_group.shape[0], triton.cdiv(columns, COLUMNS))
+    # As many tiles as the worst routing needs.
+    grid = (triton.cdiv(rows, ROWS) + min(groups, rows), triton.cdiv(columns, COLUMNS))
     _product[grid](
-        out, x, weight, offsets, tile_group, tile_begin, groups, columns, depth, x.stride(0), ROWS, COLUMNS, DEPTH
-    )
+        *(out, x, weight, offsets, groups, columns, depth, x.stride(0)),
+        ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH_BYTES[x.element_size()] // x.element_size(), GROUPS=padded(groups),
+    )  # fmt: skip
     return out
-
-
-def place_tiles(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(group, first row) of each tile [tiles] int32; the group of a tile without rows is the number of groups."""
-    groups = offsets.shape[0] - 1
-    tiles = (offsets.diff() + ROWS - 1) // ROWS
-    ends = tiles.cumsum(0)
-    numbers = torch.arange(triton.cdiv(rows, ROWS) + min(groups, rows), device=offsets.device)
-    group = torch.searchsorted(ends, numbers, right=True)
-    known = group.clamp(max=groups - 1)
-    begin = offsets[known] + (numbers - (ends - tiles)[known]) * ROWS
-    return group.to(torch.int32), begin.to(torch.int32)
 
 
 @triton.jit
@@ -48,8 +40,6 @@ def _product(
     x: tl.tensor,
     weight: tl.tensor,
     offsets: tl.tensor,
-    tile_group: tl.tensor,
-    tile_begin: tl.tensor,
     groups: tl.tensor,
     columns: tl.tensor,
     depth: tl.tensor,
@@ -57,12 +47,13 @@ def _product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
 ) -> None:
-    group = tl.load(tile_group + tl.program_id(0))
+    group, first = find_tile(offsets, tl.program_id(0), groups, 1, ROWS, 1, GROUPS)
     if group >= groups:
         return
     # In 64 bits: a stack of experts has more numbers than 32 count.
-    row = (tl.load(tile_begin + tl.program_id(0)) + tl.arange(0, ROWS)).to(tl.int64)
+    row = (tl.load(offsets + group) + first + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     has_row, has_column = row < tl.load(offsets + group + 1), column < columns
     step = tl.arange(0, DEPTH)

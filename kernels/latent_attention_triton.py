@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inferfleet.kernels.tiles_triton import find_tile, padded
+
 ROWS, KEYS, PIECE = 16, 32, 1024
 #: Compiled for sm_90 at R = 512, eight hold a tile of bfloat16 sums in registers and four do not. A tile of float32
 #: latents takes 110 KB of shared memory: too much to have the next one on its way, which is why it gets one stage.
@@ -22,6 +24,8 @@ WARPS = 8
 MAX_APART = 256 << 20
 #: A maximum over no keys; finite, so that differences of two stay defined.
 NOTHING = tl.constexpr(-3.0e38)
+#: Numbers that change from step to step: no kernel is compiled again because one of them is 1, or a multiple of 16.
+_SIZES = ("rows", "max_blocks", "pieces")
 
 
 def latent_attention(
@@ -41,18 +45,21 @@ def latent_attention(
     if out.numel() == 0:
         return out
     q, tables = q.contiguous(), block_tables.to(torch.int32).contiguous()
-    tile_row, tile_first = place_tiles(query_start, tokens, heads)
-    tiles, pieces = tile_row.shape[0], triton.cdiv(tables.shape[1] * cache.shape[1], PIECE)
+    rows = seq_lens.shape[0]
+    # As many tiles as the worst split of so many tokens into rows needs.
+    tiles = triton.cdiv(tokens * heads, ROWS) + min(rows, tokens)
+    pieces = triton.cdiv(tables.shape[1] * cache.shape[1], PIECE)
     wide = _padded(rank)
     if apart is None:
         apart = pieces > 1 and tiles < _programs(q.device) and tiles * pieces * ROWS * (wide + 2) * 4 <= MAX_APART
     waiting = tiles * pieces * ROWS if apart else 0
     sums, maxima, totals = (q.new_empty(waiting * size, dtype=torch.float32) for size in (wide, 1, 1))
-    batch = (tile_row, tile_first, query_start, seq_lens, seq_lens.shape[0], heads)
+    batch = (query_start, seq_lens, rows, heads)
     blocks = (cache.shape[1], tables.shape[1], pieces)
     _attend[(tiles, pieces if apart else 1)](
         *(out, q, cache, tables, sums, maxima, totals, *batch, width, rank, *blocks, scale),
         APART=apart,
+        SIZES=padded(rows),
         ROWS=ROWS,
         KEYS=KEYS,
         PIECE=PIECE,
@@ -62,7 +69,10 @@ def latent_attention(
         num_stages=2 if q.element_size() == 2 else 1,
     )
     if apart:
-        _join_pieces[(tiles,)](out, sums, maxima, totals, *batch, rank, pieces, ROWS=ROWS, PIECE=PIECE, WIDE=wide)
+        _join_pieces[(tiles,)](
+            *(out, sums, maxima, totals, *batch, rank, pieces),
+            SIZES=padded(rows), ROWS=ROWS, PIECE=PIECE, WIDE=wide,
+        )  # fmt: skip
     return out
 
 
@@ -75,18 +85,6 @@ def write_latent(latent: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         _scatter[(tokens,)](latent, cache, slot_mapping, latent.stride(0), width, WIDE=triton.next_power_of_2(width))
 
 
-def place_tiles(query_start: Tensor, tokens: int, heads: int) -> tuple[Tensor, Tensor]:
-    """(row, first of its (token, head) pairs) of each tile [tiles] int32; a tile too many has the number of rows."""
-    rows = query_start.shape[0] - 1
-    tiles = (query_start.diff() * heads + ROWS - 1) // ROWS
-    ends = tiles.cumsum(0)
-    # As many as the worst split of so many tokens into rows needs.
-    numbers = torch.arange(triton.cdiv(tokens * heads, ROWS) + min(rows, tokens), device=query_start.device)
-    row = torch.searchsorted(ends, numbers, right=True)
-    first = (numbers - (ends - tiles)[row.clamp(max=rows - 1)]) * ROWS
-    return row.to(torch.int32), first.to(torch.int32)
-
-
 def _padded(size: int) -> int:
     """What a matrix product of Triton takes: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
@@ -97,7 +95,7 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _attend(
     out: tl.tensor,
     q: tl.tensor,
@@ -106,8 +104,6 @@ def _attend(
     sums: tl.tensor,
     maxima: tl.tensor,
     totals: tl.tensor,
-    tile_row: tl.tensor,
-    tile_first: tl.tensor,
     query_start: tl.tensor,
     seq_lens: tl.tensor,
     rows: tl.tensor,
@@ -119,13 +115,14 @@ def _attend(
     pieces: tl.tensor,
     scale: tl.tensor,
     APART: tl.constexpr,
+    SIZES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PIECE: tl.constexpr,
     WIDE: tl.constexpr,
     NARROW: tl.constexpr,
 ) -> None:
-    row, place, position, last = _pairs(tile_row, tile_first, query_start, seq_lens, rows, heads, ROWS)
+    row, place, position, last = _pairs(query_start, seq_lens, rows, heads, SIZES, ROWS)
     is_pair = position >= 0
     wide, narrow = tl.arange(0, WIDE), tl.arange(0, NARROW)
     query = q + place[:, None] * width
@@ -156,25 +153,24 @@ def _attend(
         _store(out, all_sum, all_total, place, is_pair, rank, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _join_pieces(
     out: tl.tensor,
     sums: tl.tensor,
     maxima: tl.tensor,
     totals: tl.tensor,
-    tile_row: tl.tensor,
-    tile_first: tl.tensor,
     query_start: tl.tensor,
     seq_lens: tl.tensor,
     rows: tl.tensor,
     heads: tl.tensor,
     rank: tl.tensor,
     pieces: tl.tensor,
+    SIZES: tl.constexpr,
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    _, place, position, last = _pairs(tile_row, tile_first, query_start, seq_lens, rows, heads, ROWS)
+    _, place, position, last = _pairs(query_start, seq_lens, rows, heads, SIZES, ROWS)
     all_sum = tl.zeros((ROWS, WIDE), dtype=tl.float32)
     all_maximum = tl.full((ROWS,), NOTHING, dtype=tl.float32)
     all_total = tl.zeros((ROWS,), dtype=tl.float32)
@@ -189,19 +185,18 @@ def _join_pieces(
 
 @triton.jit
 def _pairs(
-    tile_row: tl.tensor,
-    tile_first: tl.tensor,
     query_start: tl.tensor,
     seq_lens: tl.tensor,
     rows: tl.tensor,
     heads: tl.tensor,
+    SIZES: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> tuple:
     """Of this program's tile: its row, its pairs' places in q and out, their positions (-1: none), the last key."""
-    wanted = tl.load(tile_row + tl.program_id(0))
+    wanted, first = find_tile(query_start, tl.program_id(0), rows, heads, ROWS, 1, SIZES)
     row = tl.minimum(wanted, rows - 1)
     begin, end = tl.load(query_start + row), tl.load(query_start + row + 1)
-    pair = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, ROWS)
+    pair = first + tl.arange(0, ROWS)
     token = pair // heads
     is_pair = (token < end - begin) & (wanted < rows)
     position = tl.where(is_pair, tl.load(seq_lens + row) - (end - begin) + token, -1)

@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inferfleet.kernels.paged_attention_sums import NOTHING, first_key, join, store, sum_keys
+from inferfleet.kernels.tiles_triton import find_tile, padded
+
 PIECE = 512
 #: Pairs of a tile in the kernel for one token, and the smallest that a matrix product takes.
 PAIRS = 16
 #: Bytes that pieces may wait in to be joined.
 MAX_APART = 256 << 20
-#: A maximum over no keys; finite, so that differences of two stay defined.
-NOTHING = tl.constexpr(-3.0e38)
 #: Scores are kept in powers of two, which the device raises without a product.
 LOG2_E = math.log2(math.e)
 #: Numbers that change from step to step: no kernel is compiled again because one of them is 1, or a multiple of 16.
@@ -68,20 +69,6 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     _scatter[(tokens,)](
         k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), SIZE=size, WIDE=triton.next_power_of_2(size)
     )
-
-
-def place_tiles(query_start: Tensor, tokens: int, group: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """(row, first of its (token, head) pairs) of each tile [tiles] int32; a tile too many has the number of rows."""
-    rows = query_start.shape[0] - 1
-    lengths = query_start.diff()
-    # Rows of one token are the other kernel's.
-    tiles = torch.where(lengths > 1, (lengths * group + pairs - 1) // pairs, 0)
-    ends = tiles.cumsum(0)
-    # As many as the worst split of so many tokens into rows needs.
-    numbers = torch.arange(triton.cdiv(tokens * group, pairs) + min(rows, tokens // 2), device=query_start.device)
-    row = torch.searchsorted(ends, numbers, right=True)
-    first = (numbers - (ends - tiles)[row.clamp(max=rows - 1)]) * pairs
-    return row.to(torch.int32), first.to(torch.int32)
 
 
 def _attend_singles(
@@ -133,12 +120,14 @@ def _attend_prompts(
         return
     kv_heads, group, wide = k_cache.shape[2], heads // k_cache.shape[2], _padded(width)
     pairs, keys, warps = _tile(wide, q.element_size())
-    tile_row, tile_first = place_tiles(query_start, tokens, group, pairs)
-    _prompts[(tile_row.shape[0], kv_heads)](
-        *(out, q, k_cache, v_cache, tables, query_start, seq_lens, tile_row, tile_first),
-        *(seq_lens.shape[0], heads, kv_heads, tables.shape[1], q.stride(0), q.stride(1), scale * LOG2_E),
+    rows = seq_lens.shape[0]
+    # As many tiles as the worst split of so many tokens into rows needs.
+    tiles = triton.cdiv(tokens * group, pairs) + min(rows, tokens // 2)
+    _prompts[(tiles, kv_heads)](
+        *(out, q, k_cache, v_cache, tables, query_start, seq_lens),
+        *(rows, heads, kv_heads, tables.shape[1], q.stride(0), q.stride(1), scale * LOG2_E),
         GROUP=group, BLOCK=k_cache.shape[1], WIDTH=width, WIDE=wide, PAIRS=pairs, KEYS=keys, **sight,
-        num_warps=warps, num_stages=_stages(wide, keys, q.element_size()),
+        ROWS=padded(rows), num_warps=warps, num_stages=_stages(wide, keys, q.element_size()),
     )  # fmt: skip
 
 
@@ -198,7 +187,7 @@ def _singles(
     if end - begin != 1:
         return
     last = tl.load(seq_lens + row)
-    low = _first_key(last - 1, WINDOW, CHUNK)
+    low = first_key(last - 1, WINDOW, CHUNK)
     first_piece = tl.program_id(2) * PIECE
     if APART and (first_piece >= last or first_piece + PIECE <= low):
         return
@@ -209,8 +198,8 @@ def _singles(
     position = tl.where(pair < GROUP, last - 1, -1)
     table = tables + row * max_blocks
     if APART:
-        sum_, maximum, total = _sum_keys(
-            query, k_cache, v_cache, table, position, tl.maximum(low, first_piece),
+        sum_, maximum, total = sum_keys(
+            query, k_cache, v_cache, table, position, last - 1, tl.maximum(low, first_piece),
             tl.minimum(first_piece + PIECE, last), first_piece, kv_head, heads // GROUP, scale,
             BLOCK, WIDTH, WIDE, PAIRS, KEYS, WINDOW, CHUNK,
         )  # fmt: skip
@@ -224,7 +213,7 @@ def _singles(
             query, k_cache, v_cache, table, position, low, last, kv_head, heads // GROUP, scale,
             BLOCK, WIDTH, WIDE, PAIRS, KEYS, PIECE, WINDOW, CHUNK,
         )  # fmt: skip
-        _store(out, sum_, total, begin.to(tl.int64) * heads + head, inside, WIDTH, WIDE)
+        store(out, sum_, total, begin.to(tl.int64) * heads + head, inside, WIDTH, WIDE)
 
 
 @triton.jit
@@ -253,12 +242,12 @@ def _sum_pieces(
     all_maximum = tl.full((PAIRS,), NOTHING, dtype=tl.float32)
     all_total = tl.zeros((PAIRS,), dtype=tl.float32)
     for first in range(low // PIECE * PIECE, last, PIECE):
-        sum_, maximum, total = _sum_keys(
-            query, k_cache, v_cache, table, position, tl.maximum(low, first),
+        sum_, maximum, total = sum_keys(
+            query, k_cache, v_cache, table, position, last - 1, tl.maximum(low, first),
             tl.minimum(first + PIECE, last), first, kv_head, kv_heads, scale,
             BLOCK, WIDTH, WIDE, PAIRS, KEYS, WINDOW, CHUNK,
         )  # fmt: skip
-        all_sum, all_maximum, all_total = _join(all_sum, all_maximum, all_total, sum_, maximum, total, PAIRS, WIDE)
+        all_sum, all_maximum, all_total = join(all_sum, all_maximum, all_total, sum_, maximum, total, PAIRS, WIDE)
     return all_sum, all_total
 
 
@@ -286,7 +275,7 @@ def _join_pieces(
     if end - begin != 1:
         return
     last = tl.load(seq_lens + row)
-    low_piece = _first_key(last - 1, WINDOW, CHUNK) // PIECE
+    low_piece = first_key(last - 1, WINDOW, CHUNK) // PIECE
     pair, wide = (tl.program_id(1) % TILES) * PAIRS + tl.arange(0, PAIRS), tl.arange(0, WIDE)
     all_sum = tl.zeros((PAIRS, WIDE), dtype=tl.float32)
     all_maximum = tl.full((PAIRS,), NOTHING, dtype=tl.float32)
@@ -295,10 +284,10 @@ def _join_pieces(
     for _ in range(low_piece * PIECE, last, PIECE):
         sum_ = tl.load(sums + slot[:, None] * WIDE + wide[None, :])
         maximum, total = tl.load(maxima + slot), tl.load(totals + slot)
-        all_sum, all_maximum, all_total = _join(all_sum, all_maximum, all_total, sum_, maximum, total, PAIRS, WIDE)
+        all_sum, all_maximum, all_total = join(all_sum, all_maximum, all_total, sum_, maximum, total, PAIRS, WIDE)
         slot += PAIRS
     place = begin.to(tl.int64) * heads + kv_head * GROUP + pair
-    _store(out, all_sum, all_total, place, (pair < GROUP)[:, None] & (wide < WIDTH)[None, :], WIDTH, WIDE)
+    store(out, all_sum, all_total, place, (pair < GROUP)[:, None] & (wide < WIDTH)[None, :], WIDTH, WIDE)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -310,8 +299,6 @@ def _prompts(
     tables: tl.tensor,
     query_start: tl.tensor,
     seq_lens: tl.tensor,
-    tile_row: tl.tensor,
-    tile_first: tl.tensor,
     rows: tl.tensor,
     heads: tl.tensor,
     kv_heads: tl.tensor,
@@ -327,124 +314,31 @@ def _prompts(
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
 ) -> None:
-    row = tl.load(tile_row + tl.program_id(0)).to(tl.int64)
+    # The last tiles of a prompt see the most keys: they begin first.
+    # Rows of one token are the other kernel's.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    row, first_pair = find_tile(query_start, tile, rows, GROUP, PAIRS, 2, ROWS)
     if row >= rows:
         return
+    row = row.to(tl.int64)
     begin, end = tl.load(query_start + row), tl.load(query_start + row + 1)
-    pair, wide = tl.load(tile_first + tl.program_id(0)) + tl.arange(0, PAIRS), tl.arange(0, WIDE)
+    pair, wide = first_pair + tl.arange(0, PAIRS), tl.arange(0, WIDE)
     token, head = pair // GROUP, tl.program_id(1) * GROUP + pair % GROUP
     is_pair = token < end - begin
     before = tl.load(seq_lens + row) - (end - begin)
-    position = tl.where(is_pair, before + token, -1)
+    position, first = tl.where(is_pair, before + token, -1), before + first_pair // GROUP
     inside = is_pair[:, None] & (wide < WIDTH)[None, :]
     place = (begin + token).to(tl.int64)
     query = tl.load(q + (place * q_stride + head * head_stride)[:, None] + wide[None, :], inside, other=0.0)
-    low = _first_key(before + tl.load(tile_first + tl.program_id(0)) // GROUP, WINDOW, CHUNK)
-    sum_, _, total = _sum_keys(
-        query, k_cache, v_cache, tables + row * max_blocks, position, low, tl.max(position, axis=0) + 1,
+    low = first_key(first, WINDOW, CHUNK)
+    sum_, _, total = sum_keys(
+        query, k_cache, v_cache, tables + row * max_blocks, position, first, low, tl.max(position, axis=0) + 1,
         low // KEYS * KEYS, tl.program_id(1), kv_heads, scale,
         BLOCK, WIDTH, WIDE, PAIRS, KEYS, WINDOW, CHUNK,
     )  # fmt: skip
-    _store(out, sum_, total, place * heads + head, inside, WIDTH, WIDE)
-
-
-@triton.jit
-def _first_key(position: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr) -> tl.tensor:
-    """The first key that a token at this position sees."""
-    low = position * 0
-    if WINDOW > 0:
-        low = tl.maximum(low, position - WINDOW + 1)
-    if CHUNK > 0:
-        low = tl.maximum(low, position // CHUNK * CHUNK)
-    return low
-
-
-@triton.jit
-def _sum_keys(
-    query: tl.tensor,
-    k_cache: tl.tensor,
-    v_cache: tl.tensor,
-    table: tl.tensor,
-    position: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    start: tl.tensor,
-    kv_head: tl.tensor,
-    kv_heads: tl.tensor,
-    scale: tl.tensor,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> tuple:
-    """(sums of values weighted by 2^(score - maximum), maximum, total of the weights) over keys low..high.
-
-    Tiles of keys begin at `start`, which is at most low: where they lie does not depend on what is seen.
-    """
-    wide = tl.arange(0, WIDE)
-    sum_ = tl.zeros((PAIRS, WIDE), dtype=tl.float32)
-    maximum = tl.full((PAIRS,), NOTHING, dtype=tl.float32)
-    total = tl.zeros((PAIRS,), dtype=tl.float32)
-    for first in range(start + (low - start) // KEYS * KEYS, high, KEYS):
-        key = first + tl.arange(0, KEYS)
-        is_key = (key >= low) & (key < high)
-        block = tl.load(table + key // BLOCK, mask=is_key, other=0).to(tl.int64)
-        place = ((block * BLOCK + key % BLOCK) * kv_heads + kv_head) * WIDTH
-        # Places that no row has written may hold NaN: none is loaded.
-        inside = is_key[:, None] & (wide < WIDTH)[None, :]
-        keys = tl.load(k_cache + place[:, None] + wide[None, :], mask=inside, other=0.0)
-        values = tl.load(v_cache + place[:, None] + wide[None, :], mask=inside, other=0.0)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-        is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
-        if WINDOW > 0:
-            is_seen &= key[None, :] > position[:, None] - WINDOW
-        if CHUNK > 0:
-            is_seen &= key[None, :] >= (position // CHUNK * CHUNK)[:, None]
-        scores = tl.where(is_seen, scores, NOTHING)
-        common = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.where(is_seen, tl.exp2(scores - common[:, None]), 0.0)
-        share = tl.exp2(maximum - common)
-        total = total * share + tl.sum(weights, axis=1)
-        sum_ = tl.dot(weights.to(values.dtype), values, sum_ * share[:, None], input_precision="ieee")
-        maximum = common
-    return sum_, maximum, total
-
-
-@triton.jit
-def _join(
-    left: tl.tensor,
-    left_maximum: tl.tensor,
-    left_total: tl.tensor,
-    right: tl.tensor,
-    right_maximum: tl.tensor,
-    right_total: tl.tensor,
-    PAIRS: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> tuple:
-    """Two sums as one. Written with fma, because both kernels must round in the same places."""
-    maximum = tl.maximum(left_maximum, right_maximum)
-    left_share, right_share = tl.exp2(left_maximum - maximum), tl.exp2(right_maximum - maximum)
-    sum_ = tl.fma(left, tl.broadcast_to(left_share[:, None], (PAIRS, WIDE)), right * right_share[:, None])
-    return sum_, maximum, tl.fma(left_total, left_share, right_total * right_share)
-
-
-@triton.jit
-def _store(
-    out: tl.tensor,
-    sum_: tl.tensor,
-    total: tl.tensor,
-    place: tl.tensor,
-    inside: tl.tensor,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> None:
-    """Means to out [T, heads, WIDTH] at place, token * heads + head of each pair; one that is none has a total of 0."""
-    mean = sum_ / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + place[:, None] * WIDTH + tl.arange(0, WIDE)[None, :], mean.to(out.dtype.element_ty), mask=inside)
+    store(out, sum_, total, place * heads + head, inside, WIDTH, WIDE)
 
 
 @triton.jit

@@ -1,12 +1,15 @@
 """The engine process as its parent sees it."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from multiprocessing.connection import Connection
 
 PATIENCE = 60
+#: Where engines run: a CPU, or a GPU with INFERFLEET_TEST_DEVICE=cuda.
+DEVICE = os.environ.get("INFERFLEET_TEST_DEVICE", "cpu")
 
 
 class Child:
@@ -30,7 +33,7 @@ class Child:
         return json.loads(self.wire.recv_bytes())
 
     def load(self, folder, **spec):
-        defaults = {"path": str(folder), "device": "cpu", "dtype": "float32", "max_model_len": 256}
+        defaults = {"path": str(folder), "device": DEVICE, "dtype": "float32", "max_model_len": 256}
         self.send("load", model="tiny", spec=defaults | {"kv_cache_tokens": 4096, "threads": 1} | spec)
         self.progress = []
         while (message := self.receive())["op"] == "loading":

@@ -4,7 +4,7 @@ import signal
 import subprocess
 
 import pytest
-from engine_child import PATIENCE, Child
+from engine_child import DEVICE, PATIENCE, Child
 from parity.checkpoints.writing import write
 
 from inferfleet.engine.offline import LLM
@@ -36,7 +36,7 @@ def child(folder, log):
 @pytest.fixture(scope="module")
 def expected(folder):
     """What the offline engine answers to the same chat."""
-    llm = LLM(folder, device="cpu", dtype="float32", max_model_len=256, kv_cache_tokens=4096)
+    llm = LLM(folder, device=DEVICE, dtype="float32", max_model_len=256, kv_cache_tokens=4096)
 
     def answer(text, **sampling):
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | sampling)
@@ -203,7 +203,7 @@ def test_a_request_is_answered_by_the_slice_that_it_names(tmp_path):
     told, _ = child.until_end("a", "b", "c")
     child.close()
     # then each is answered by its own, as the offline engine does.
-    offline = LLM(tmp_path, device="cpu", dtype="float32", max_model_len=256, kv_cache_tokens=4096, **spec)
+    offline = LLM(tmp_path, device=DEVICE, dtype="float32", max_model_len=256, kv_cache_tokens=4096, **spec)
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     for name, part in (("a", "narrow"), ("b", "short"), ("c", "narrow")):
         said = offline.chat([{"role": "user", "content": "hello"}], params, matformer_slice=part)[0].outputs[0]

@@ -38,12 +38,15 @@ from inferfleet.engine.place import Place
 from inferfleet.engine.sampling_params import SamplingParams
 from inferfleet.engine.text.tokenizer import Tokenizer
 from inferfleet.kernels import gated_activation, on_cuda, paged_attention, rms_norm, rotary
+from inferfleet.kernels.quantized import KINDS, quantise
+from inferfleet.kernels.quantized_linear import QuantizedLinear
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 BLOCK = 16
 #: What ran in torch before.
 OURS = ("paged_attention_triton", "norms_triton", "rotary_triton", "gated_activation_triton")
 PROMPT = 128
+WAYS = ["torch", "kernels", "replay"]
 #: (heads, kv heads, head width): Qwen3 of 8 B, Gemma's wide heads.
 HEADS = ((32, 8, 128), (16, 8, 256))
 BATCHES = {
@@ -109,6 +112,7 @@ def kernels() -> Iterator[dict[str, Any]]:
                 flops,
             )
             del arguments
+    yield from coded()
     for rows in (1, 32, 2048):
         x, residual, weight = randn(rows, 4096), randn(rows, 4096), randn(4096)
         yield row(
@@ -128,6 +132,19 @@ def kernels() -> Iterator[dict[str, Any]]:
             lambda g=gate_up: gated_activation.gated_activation(g, "silu"),
             1.5 * gate_up.nbytes,
         )
+
+
+def coded() -> Iterator[dict[str, Any]]:
+    """A product with coded weights beside the plain one."""
+    weight = randn(12288, 4096) * 0.02
+    for rows in (1, 32):
+        x = randn(rows, 4096)
+        plain = device_us(lambda x=x: torch.nn.functional.linear(x, weight))
+        times = {}
+        for kind in KINDS:
+            layer = QuantizedLinear(quantise(weight, kind), dtype=DTYPE)
+            times[f"{kind} us"] = round(device_us(lambda x=x, layer=layer: layer(x)), 1)
+        yield {"name": f"linear {rows} x 4096 @ 4096 x 12288", "bfloat16 us": round(plain, 1), **times}
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -183,6 +200,13 @@ class Resident:
             self.engine.add(f"request-{self._added}", ids, sampling)
             self._added += 1
 
+    def difference(self, length: int) -> float:
+        """Largest distance of logits with and without the kernels, in standard deviations of the logits."""
+        ids = [self._random.randrange(256, random_model.FIRST_SPECIAL) for _ in range(length)]
+        with only_torch():
+            plain = self.engine.score(ids)
+        return round(float((self.engine.score(ids) - plain).abs().max() / plain.std()), 4)
+
     def step(self) -> int:
         """One step; the number of tokens it computed."""
         out = self.engine.step()
@@ -216,24 +240,25 @@ class Resident:
         return time.perf_counter() - started
 
 
-def engine(name: str, batches: list[int], passes: int, trace: Path | None) -> Iterator[dict[str, Any]]:
+def engine(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     started = time.perf_counter()
-    resident = Resident(name, max(batches))
+    resident = Resident(options.model, max(options.batches))
     yield {
-        "model": name,
+        "model": options.model,
         "weights GB": round(resident.weight_bytes / 1e9, 1),
-        "cache tokens": resident.engine.scheduler.blocks.max_request_tokens,
+        "longest context": resident.engine.scheduler.blocks.max_request_tokens,
         "made in s": round(time.perf_counter() - started, 1),
     }
-    for way in ("torch", "kernels", "replay"):
+    yield {"logits of torch and kernels differ by": resident.difference(300)}
+    for way in options.ways:
         resident.replaying(way == "replay")
-        for rows in batches:
+        for rows in options.batches:
             steps = 48 if way != "torch" else max(2, 32 // rows)
             if way == "torch":
                 with only_torch():
                     found = [resident.decode(rows, steps)]
             else:
-                found = [resident.decode(rows, steps) for _ in range(passes + 1)][1:]
+                found = [resident.decode(rows, steps) for _ in range(options.passes + 1)][1:]
             yield {"way": way, "decode rows": rows, "tok/s": round(statistics.median(found), 1)}
         if way == "replay":
             continue  # prompts are not recorded
@@ -242,7 +267,7 @@ def engine(name: str, batches: list[int], passes: int, trace: Path | None) -> It
                 with only_torch():
                     found = [resident.seconds(count, length) for _ in range(2)][1:]
             else:
-                found = [resident.seconds(count, length) for _ in range(passes + 1)][1:]
+                found = [resident.seconds(count, length) for _ in range(options.passes + 1)][1:]
             taken = statistics.median(found)
             yield {
                 "way": way,
@@ -250,8 +275,8 @@ def engine(name: str, batches: list[int], passes: int, trace: Path | None) -> It
                 "ms": round(1e3 * taken, 1),
                 "tok/s": round(count * length / taken),
             }
-    if trace is not None:
-        profile(resident, trace)
+    if options.trace is not None:
+        profile(resident, options.trace)
 
 
 def profile(resident: Resident, trace: Path) -> None:
@@ -278,15 +303,13 @@ def main() -> None:
     parser.add_argument("part", nargs="*", default=["kernels", "engine"], choices=["kernels", "engine"])
     parser.add_argument("--model", default="qwen3-8b", choices=SHAPES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--trace", type=Path, help="file for a profile of the engine")
     options = parser.parse_args()
     print(json.dumps({"command": " ".join(["python", *sys.argv]), **machine.describe(DEVICE)}), flush=True)
     for part in options.part:
-        lines = (
-            kernels() if part == "kernels" else engine(options.model, options.batches, options.passes, options.trace)
-        )
-        for line in lines:
+        for line in kernels() if part == "kernels" else engine(options):
             print(json.dumps(line), flush=True)
 
 
