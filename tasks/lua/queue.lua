@@ -56,7 +56,10 @@ end
 -- Bytes that wait of a tenant, for its quota. Jobs that an older version accepted are not counted.
 local function count_bytes(job, sign)
   local bytes = number(job.bytes)
-  if bytes and redis.call('HINCRBY', P .. 'bytes', job.tenant, sign * bytes) == 0 then
+  local left = bytes and redis.call('HINCRBY', P .. 'bytes', job.tenant, sign * bytes)
+  -- With the tenant's last waiting job the count begins anew, whatever it was.
+  local last = sign < 0 and redis.call('ZCARD', P .. 'in:queued:' .. job.tenant) <= 1
+  if left == 0 or last then
     redis.call('HDEL', P .. 'bytes', job.tenant)
   end
 end
