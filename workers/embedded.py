@@ -4,6 +4,7 @@ The ledger is the only truth about jobs, so the server is never run with its def
 second), no eviction, a random password, loopback only.
 """
 
+import contextlib
 import os
 import platform
 import secrets
@@ -75,9 +76,20 @@ def start_redis(binary: Path, folder: Path, log: Path) -> EmbeddedRedis:
     config = CONFIG.format(port=port, password=password, folder=_quoted(folder))
     child = start_child("redis", [str(binary), "-"], log=log, stdin=config.encode())
     url = f"redis://:{password}@127.0.0.1:{port}/0"
+    await_redis(child, url)
+    return EmbeddedRedis(child, url, str(binary))
+
+
+def await_redis(child: Child, url: str) -> None:
+    """Waits until the server has read its data, and has it write them anew. Raises ChildFailed.
+
+    A server that died in the middle of a write leaves half a transaction at the end of its append-only file. Redis 7.0
+    cuts it behind the last whole command, and would run that half at the start after this one.
+    """
     with redis.Redis.from_url(url, socket_timeout=PING_SECONDS, retry=None) as client:
         child.wait_until(lambda: _answers(client), READY_SECONDS, "read its data")
-    return EmbeddedRedis(child, url, str(binary))
+        with contextlib.suppress(exceptions.RedisError):  # one that cannot write says so to everybody
+            client.bgrewriteaof()
 
 
 def free_port(host: str = "127.0.0.1") -> int:

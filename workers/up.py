@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from inferfleet.tasks.errors import FleetError, SetupError
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import local_url
 from inferfleet.workers.cli_http import SHORT, ApiClient
-from inferfleet.workers.embedded import CONFIG, EmbeddedRedis, find_server, start_redis
+from inferfleet.workers.embedded import CONFIG, EmbeddedRedis, await_redis, find_server, start_redis
 from inferfleet.workers.keys import digest, is_loopback, new_key
 from inferfleet.workers.loading import Loading
 from inferfleet.workers.processes import Child, ChildFailed, start_child
@@ -169,6 +169,7 @@ class Fleet:
         config = CONFIG.format(port=url.port, password=url.password, folder=folder)
         child = start_child("redis", [self.redis.binary, "-"], log=self._log("redis"), stdin=config.encode())
         self.redis = replace(self.redis, child=child)
+        threading.Thread(target=_settle, args=(child, self.redis.url), name="redis", daemon=True).start()
 
     def _make_first_key(self, ledger: Ledger) -> None:
         """Beyond loopback the API wants a key to exist, and nobody can make one before our Redis runs."""
@@ -307,6 +308,12 @@ def _signals(fleet: Fleet) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _settle(child: Child, url: str) -> None:
+    """In a thread of its own: who watches the children sees by himself if this one ends."""
+    with suppress(ChildFailed):
+        await_redis(child, url)
 
 
 def _answers(client: ApiClient) -> bool:
