@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import chain
 
 import pytest
+from engine_soak import LONGEST, Soak, make_jobs, quiet
 from parity.checkpoints import ARCHITECTURES
 from parity.checkpoints.phimoe import BORDER
 from parity.checkpoints.writing import write
 from parity.device import DEVICE
-from soak import LONGEST, Soak, make_jobs, quiet
 
 from inferfleet.engine.offline import LLM
 
