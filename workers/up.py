@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -105,7 +105,8 @@ class Fleet:
     redis_url: str = ""
     children: dict[str, Child] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
-    _deaths: deque[float] = field(default_factory=deque)
+    #: When each child died of late. A machine that kills one of each kind is no reason to give all of them up.
+    _deaths: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
 
     def start(self) -> None:
         """Redis first, then everything else at once, then waits until every model is loaded."""
@@ -189,10 +190,11 @@ class Fleet:
 
     def _restart(self, name: str, error: ChildFailed) -> None:
         now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - RESTART_WINDOW:
-            self._deaths.popleft()
-        if len(self._deaths) > RESTARTS:
+        deaths = self._deaths[name]
+        deaths.append(now)
+        while deaths[0] < now - RESTART_WINDOW:
+            deaths.popleft()
+        if len(deaths) > RESTARTS:
             raise error
         self.report.note(f"{error.message.splitlines()[0]}: starting it again")
         if name == "redis":
