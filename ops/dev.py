@@ -191,7 +191,9 @@ def demo(_: argparse.Namespace) -> None:
 def test(options: argparse.Namespace) -> None:
     """Install the test extras and run the suite; `--all` adds what is marked slow."""
     install(TEST_EXTRAS)
-    command: list[str | Path] = [PYTHON, "-m", "pytest", *options.rest]
+    # Some at once, since many wait for servers and processes; `-n 0` among the options runs one after another.
+    at_once = min(4, os.cpu_count() or 1)
+    command: list[str | Path] = [PYTHON, "-m", "pytest", "-n", str(at_once), *options.rest]
     if not options.all:
         command += ["-m", "not slow and not gpu"]
     os.execv(PYTHON, [str(part) for part in command])
