@@ -136,6 +136,17 @@ def test_a_stream_that_is_asked_for_again_by_its_key_is_the_same_stream(api):
     assert [chunk.choices[0] for chunk in again.parse()] == first
 
 
+def test_respond_async_gives_the_job_even_if_it_has_ended_by_then(api):
+    body = {"model": "paper", "messages": say("say hello")}
+    with api.http() as http:
+        first = http.post("/v1/chat/completions", json=body, headers={"Idempotency-Key": "done"})
+        headers = {"Idempotency-Key": "done", "Prefer": "respond-async"}
+        again = http.post("/v1/chat/completions", json=body, headers=headers)
+
+    assert (first.json()["object"], again.status_code) == ("chat.completion", 202)
+    assert (again.json()["object"], again.json()["status"]) == ("job", "completed")
+
+
 def test_respond_async_gives_the_job_at_once(api):
     api.worker.paused = True
     body = {"model": "paper", "messages": say("say later")}

@@ -64,12 +64,12 @@ async def answered(request: Request, use: Services, submitted: Submitted, tenant
     if seconds is None:
         record = await unless_gone(request, use.hub.until_ended(job_id, tenant))
         return await answer_response(request, use, record, headers)
-    if seconds == 0:  # whoever asks for a job and not for its answer may leave at once
+    if seconds == 0:  # whoever asks for a job and not for its answer gets the job, even one that has ended already
         record = await use.ledger.get(job_id, tenant)
     else:
         record = await unless_gone(request, use.hub.until_ended(job_id, tenant, seconds))
     headers["preference-applied"] = f"wait={seconds:.0f}" if seconds else "respond-async"
-    if record.terminal:
+    if seconds and record.terminal:
         return await answer_response(request, use, record, headers)
     return await accepted_response(request, use, record, headers)
 
