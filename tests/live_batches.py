@@ -117,6 +117,14 @@ def jsonl(lines: list[Any]) -> bytes:
     return b"".join((each if isinstance(each, bytes) else json.dumps(each).encode()) + b"\n" for each in lines)
 
 
+def start(
+    client: Any, lines: list[Any], endpoint: str = "/v1/chat/completions", window: str = "24h", **options: Any
+) -> Any:
+    """A batch of these lines."""
+    file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=window, **options)
+
+
 def wait_for_end(client: Any, batch_id: str, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while (batch := client.batches.retrieve(batch_id)).status not in TERMINAL:

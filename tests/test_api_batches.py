@@ -5,8 +5,8 @@ import json
 import openai
 import pytest
 from fleet import until
-from live_api import LiveApi, running_api
-from live_batches import jsonl, line, read_lines, running_batches, wait_for_end
+from live_api import running_api
+from live_batches import jsonl, line, read_lines, running_batches, start, wait_for_end
 
 from inferfleet.tasks.ledger import Ledger
 
@@ -26,27 +26,13 @@ def shared_api(request, session_redis):
 
 
 @pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
 def client(api):
     return api.sdk()
 
 
 @pytest.fixture
 def ledger(api):
-    ledger = Ledger.from_url(api.settings.redis_url, api.settings.namespace)
-    yield ledger
-    ledger.close()
-
-
-def start(client, lines, endpoint=CHAT, window="24h", **options):
-    """A batch of these lines."""
-    file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=window, **options)
+    return api.worker.ledger
 
 
 def ids(lines):

@@ -13,7 +13,6 @@ from live_api import LiveApi, running_api
 
 from inferfleet.tasks import files
 from inferfleet.tasks.errors import OutputNotFound
-from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.stores import open_store
 
 LINES = b'{"custom_id": "a"}\n' * 100
@@ -34,9 +33,7 @@ def http(api):
 
 @pytest.fixture
 def ledger(api):
-    ledger = Ledger.from_url(api.settings.redis_url, api.settings.namespace)
-    yield ledger
-    ledger.close()
+    return api.worker.ledger
 
 
 @pytest.fixture

@@ -20,18 +20,6 @@ def shared_api(session_redis) -> Iterator[LiveApi]:
         yield api
 
 
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
-def http(api: LiveApi) -> Iterator[httpx2.Client]:
-    with api.http() as http:
-        yield http
-
-
 def refusal(answer: httpx2.Response) -> tuple[int, str, str | None]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import openai
 import pytest
 from fleet import until
-from live_api import LiveApi, running_api
+from live_api import running_api
 from live_batches import RunnerProcess, jsonl, line, read_lines, running_batches, wait_for_end
 from swift_s3 import BUCKET, SwiftServer
 
@@ -47,12 +47,6 @@ def shared_api(where, server, session_redis):
         running_batches(api.settings, api.worker.ring),
     ):
         yield api
-
-
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
 
 
 @pytest.fixture

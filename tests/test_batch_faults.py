@@ -13,7 +13,7 @@ import pytest
 from chaosproxy import ChaosProxy
 from fleet import until
 from live_api import running_api
-from live_batches import NullWorker, RunnerProcess, jsonl, line, read_lines, running_batches, wait_for_end
+from live_batches import NullWorker, RunnerProcess, jsonl, line, read_lines, running_batches, start, wait_for_end
 from swift_s3 import SwiftServer
 
 from inferfleet.tasks import batches, files
@@ -26,13 +26,6 @@ from inferfleet.workers.batches.plan import Rules, make_plan
 from inferfleet.workers.batches.spool import Spool
 
 FAST = {"lease_seconds": 1, "heartbeat_seconds": 0.3}
-
-
-def start(client, lines, **options):
-    file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
-    return client.batches.create(
-        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", **options
-    )
 
 
 def check_once(client, batch, lines):
@@ -61,7 +54,7 @@ def test_a_runner_that_is_killed_again_and_again_loses_no_line_and_runs_none_twi
     with NullWorker(api.settings.redis_url, api.settings.namespace) as worker:
         made = start(client, lines)
         runners = [RunnerProcess(api.settings, tmp_path, **FAST)]
-        # When its runner is killed at three places, one of them while it reads the input
+        # When its runner is killed at three places, the first of them as soon as a line has its answer
         for ended in (1, 300, 600):
             until(lambda ended=ended: client.batches.retrieve(made.id).request_counts.completed >= ended)
             runners[-1].kill()

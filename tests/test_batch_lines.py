@@ -1,20 +1,18 @@
 """Lines of every kind in batches: responses, pictures, edits, several models; and what of a line the queue sees."""
 
 import io
-import json
 
 import pytest
 from fleet import until
-from live_api import LiveApi, running_api
-from live_batches import NullWorker, image_line, jsonl, line, response_line, running_batches, wait_for_end
+from live_api import running_api
+from live_batches import NullWorker, image_line, line, read_lines, response_line, running_batches, start, wait_for_end
 from outbox_moves import URL
 from PIL import Image
 
 from inferfleet.tasks.contracts import data_url
-from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.names import EDITS_URL
 
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+RESPONSES = "/v1/responses"
 
 
 @pytest.fixture(scope="module")
@@ -27,29 +25,12 @@ def shared_api(session_redis):
 
 
 @pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
 def ledger(api):
-    ledger = Ledger.from_url(api.settings.redis_url, api.settings.namespace)
-    yield ledger
-    ledger.close()
-
-
-def start(api, lines, endpoint=CHAT, window="24h", **extra):
-    client = api.sdk()
-    file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
-    return client.batches.create(
-        input_file_id=file.id, endpoint=endpoint, completion_window=window, extra_body=extra or None
-    )
+    return api.worker.ledger
 
 
 def read(api, file_id):
-    content = api.sdk().files.content(file_id).read()
-    return {entry["custom_id"]: entry for entry in map(json.loads, content.splitlines())}
+    return {entry["custom_id"]: entry for entry in read_lines(api.sdk(), file_id)}
 
 
 def test_lines_of_responses_are_answered_with_response_objects(api):
@@ -58,7 +39,7 @@ def test_lines_of_responses_are_answered_with_response_objects(api):
              response_line("list", [{"role": "user", "content": "say a list"}]),
              response_line("streamed", stream=True), response_line("behind", background=True),
              response_line("hot", temperature=3.5), response_line("hooked", webhook=URL)]  # fmt: skip
-    made = start(api, lines, RESPONSES)
+    made = start(api.sdk(), lines, RESPONSES)
     batch = wait_for_end(api.sdk(), made.id)
     assert batch.request_counts.model_dump() == {"total": 7, "completed": 3, "failed": 4}
     output, errors = read(api, batch.output_file_id), read(api, batch.error_file_id)
@@ -75,7 +56,7 @@ def test_lines_of_responses_are_answered_with_response_objects(api):
 
 
 def test_pictures_of_a_batch_can_be_fetched_until_long_after_its_window(api, ledger):
-    made = start(api, [image_line("a", n=2), image_line("b", response_format="b64_json")],
+    made = start(api.sdk(), [image_line("a", n=2), image_line("b", response_format="b64_json")],
                  "/v1/images/generations", window="10d")  # fmt: skip
     batch = wait_for_end(api.sdk(), made.id)
     output = read(api, batch.output_file_id)
@@ -97,7 +78,7 @@ def test_edits_are_lines_too(api):
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(picture, "PNG")
     given = {"model": "flux", "prompt": "warmer", "image": data_url(picture.getvalue(), "image/png")}
-    made = start(api, [{"custom_id": "e", "method": "POST", "url": EDITS_URL, "body": given}], EDITS_URL)
+    made = start(api.sdk(), [{"custom_id": "e", "method": "POST", "url": EDITS_URL, "body": given}], EDITS_URL)
     batch = wait_for_end(api.sdk(), made.id)
     assert (batch.endpoint, batch.request_counts.completed) == (EDITS_URL, 1)
     assert read(api, batch.output_file_id)["e"]["response"]["body"]["data"][0]["url"].startswith("http://")
@@ -107,7 +88,7 @@ def test_one_file_may_name_several_models(api):
     # given workers of two models, and a file of lines for both in turn
     with NullWorker(api.settings.redis_url, api.settings.namespace) as other:
         lines = [line(f"{number}", model=("paper", "null")[number % 2]) for number in range(40)]
-        batch = wait_for_end(api.sdk(), start(api, lines).id)
+        batch = wait_for_end(api.sdk(), start(api.sdk(), lines).id)
     assert (batch.model, batch.request_counts.completed, len(other.answers)) == (None, 40, 20)
     models = {name: entry["response"]["body"].get("model") for name, entry in read(api, batch.output_file_id).items()}
     assert [models[str(number)] for number in range(0, 40, 2)] == ["paper"] * 20
@@ -121,7 +102,7 @@ def test_the_priority_of_a_line_is_its_own_its_tiers_or_the_batchs(api, ledger):
         "none": {},
     }
     lines = [line(name, "hold on", **wish) for name, wish in wishes.items()]
-    made = start(api, lines, priority=100)
+    made = start(api.sdk(), lines, extra_body={"priority": 100})
     jobs = until(lambda: len(found := ledger.list("default", metadata={"batch_id": made.id}).jobs) == 4 and found)
     # behind all online work, in the order that they name
     assert {job.custom_id: job.priority for job in jobs} == {"own": 50, "soon": 62, "flex": 87, "none": 100}
@@ -131,7 +112,7 @@ def test_the_priority_of_a_line_is_its_own_its_tiers_or_the_batchs(api, ledger):
 
 def test_a_batch_may_name_a_tier_instead_of_a_priority(api):
     given = ({}, {"service_tier": "flex"}, {"service_tier": "priority", "priority": 3})
-    made = [start(api, [line("a")], **each) for each in given]
+    made = [start(api.sdk(), [line("a")], extra_body=each) for each in given]
     assert [batch.x_fleet["priority"] for batch in made] == [0, 50, 3]
     for batch in made:
         wait_for_end(api.sdk(), batch.id)

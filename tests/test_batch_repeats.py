@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from chaosproxy import ChaosProxy
-from live_api import LiveApi, running_api
-from live_batches import jsonl, line, running_batches, wait_for_end
+from live_api import running_api
+from live_batches import jsonl, line, running_batches, start, wait_for_end
 
 CHAT = "/v1/chat/completions"
 
@@ -17,12 +17,6 @@ CHAT = "/v1/chat/completions"
 def shared_api(session_redis):
     with running_api(session_redis.url) as api, running_batches(api.settings, api.worker.ring):
         yield api
-
-
-@pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
 
 
 @pytest.fixture
@@ -66,8 +60,7 @@ def test_answers_that_are_lost_on_the_way_to_the_sdk_double_neither_files_nor_ba
 
 
 def test_what_is_stopped_and_run_again_over_such_a_wire_is_so_once(api, client, wire):
-    file = client.files.create(file=("in.jsonl", jsonl([line("a", "hold on")])), purpose="batch")
-    made = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    made = start(client, [line("a", "hold on")])
     wire.lose_next_reply(2)
     assert client.batches.cancel(made.id).status in ("cancelling", "cancelled")
     assert wait_for_end(client, made.id).request_counts.failed == 1
@@ -119,7 +112,6 @@ def test_replies_of_redis_that_the_api_loses_double_nothing(session_redis):
 )
 def test_every_window_of_minutes_hours_or_days_is_kept(api, window, seconds):
     client = api.sdk()
-    file = client.files.create(file=("in.jsonl", jsonl([line("a")])), purpose="batch")
-    made = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window=window)
+    made = start(client, [line("a")], window=window)
     assert made.expires_at - made.created_at == seconds
     wait_for_end(client, made.id)

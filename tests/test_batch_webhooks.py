@@ -5,13 +5,12 @@ import json
 import openai
 import pytest
 from fleet import until
-from live_api import LiveApi, running_api
-from live_batches import jsonl, line, running_batches, wait_for_end
+from live_api import running_api
+from live_batches import line, running_batches, start, wait_for_end
 from outbox_moves import deliveries
 from receivers import Receiver
 
 from inferfleet.tasks import batches
-from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers.webhooks.courier import Courier
 from inferfleet.workers.webhooks.guard import Policy
 from inferfleet.workers.webhooks.sender import Sender
@@ -29,24 +28,8 @@ def shared_api(session_redis):
 
 
 @pytest.fixture
-def api(shared_api: LiveApi) -> LiveApi:
-    shared_api.worker.renew()
-    return shared_api
-
-
-@pytest.fixture
 def ledger(api):
-    ledger = Ledger.from_url(api.settings.redis_url, api.settings.namespace)
-    yield ledger
-    ledger.close()
-
-
-def start(api, lines, endpoint=CHAT, window="24h", **extra):
-    client = api.sdk()
-    file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
-    return client.batches.create(
-        input_file_id=file.id, endpoint=endpoint, completion_window=window, extra_body=extra or None
-    )
+    return api.worker.ledger
 
 
 def received(api, receiver, secret=None):
@@ -77,7 +60,7 @@ def expire(ledger, made):
 )  # fmt: skip
 def test_the_end_of_a_batch_is_told_once_in_the_words_of_openai(api, ledger, lines, move, kind):
     with Receiver() as receiver:
-        made = start(api, lines, webhook=receiver.url)
+        made = start(api.sdk(), lines, extra_body={"webhook": receiver.url})
         if move:
             until(lambda: api.sdk().batches.retrieve(made.id).status == "in_progress")
             move(api, ledger, made)
@@ -97,7 +80,8 @@ def test_a_batch_tells_only_the_ends_that_it_names_and_endpoints_what_they_asked
     with Receiver() as receiver:
         hooks = api.sdk().webhooks
         endpoint = hooks.create(name="n", url=receiver.url + "/ops", event_types=["batch.completed", "job.completed"])
-        made = start(api, [line("a")], webhook=receiver.url, webhook_events_filter=["failed", "expired"])
+        told = {"webhook": receiver.url, "webhook_events_filter": ["failed", "expired"]}
+        made = start(api.sdk(), [line("a")], extra_body=told)
         wait_for_end(api.sdk(), made.id)
         [event] = received(api, receiver, endpoint.signing_secret)
         assert (event.type, event.data.id) == ("batch.completed", made.id)
@@ -107,7 +91,8 @@ def test_a_batch_tells_only_the_ends_that_it_names_and_endpoints_what_they_asked
 
 def test_a_retry_tells_where_its_batch_told(api):
     with Receiver() as receiver, api.http() as http:
-        first = start(api, [line("a", "fail engine_error")], webhook=receiver.url, webhook_events_filter=["completed"])
+        told = {"webhook": receiver.url, "webhook_events_filter": ["completed"]}
+        first = start(api.sdk(), [line("a", "fail engine_error")], extra_body=told)
         wait_for_end(api.sdk(), first.id)
         again = http.post(f"/v1/batches/{first.id}/retry", json={}).json()
         wait_for_end(api.sdk(), again["id"])
@@ -128,7 +113,7 @@ def test_a_retry_tells_where_its_batch_told(api):
 )
 def test_a_batch_with_a_bad_webhook_is_refused(api, change, param):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        start(api, [line("a")], **change)
+        start(api.sdk(), [line("a")], extra_body=change)
     assert caught.value.param == param
 
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 from chaosproxy import ChaosProxy
 from fleet import until
-from live_batches import jsonl, line, read_lines, wait_for_end
+from live_batches import jsonl, line, read_lines, start, wait_for_end
 from live_up import Up, running_up
 from openai.types import webhooks as events
 from receivers import Receiver
@@ -43,12 +43,6 @@ def client(shared_client):
 
 def upload(client, lines, **options):
     return client.files.create(file=("work.jsonl", jsonl(lines)), purpose="batch", **options)
-
-
-def start(client, lines, endpoint=CHAT, **options):
-    """A batch of these lines."""
-    file = upload(client, lines)
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **options)
 
 
 def question(custom_id, a, b):

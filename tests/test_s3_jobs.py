@@ -11,7 +11,7 @@ from chaosproxy import ChaosProxy
 from fake_pictures import picture
 from fleet import FAST, Fleet, until
 from live_api import api_of_workers
-from live_batches import jsonl, read_lines, running_batches, wait_for_end
+from live_batches import read_lines, running_batches, start, wait_for_end
 from swift_s3 import SwiftServer
 
 from inferfleet.tasks.settings import Settings
@@ -103,11 +103,7 @@ def test_a_batch_of_pictures_answers_with_urls_or_base64_that_hold_the_pictures(
     with api_of_workers(fleet.redis_url, "test", **s3) as api:
         client = api.sdk()
         with running_batches(api.settings, fleet.doorbell.ring, public_url=api.url):
-            file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
-            made = client.batches.create(
-                input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h"
-            )
-            batch = wait_for_end(client, made.id)
+            batch = wait_for_end(client, start(client, lines, "/v1/images/generations").id)
         assert batch.status == "completed"
         assert batch.usage.output_tokens > 0
         output = {entry["custom_id"]: entry["response"]["body"] for entry in read_lines(client, batch.output_file_id)}
