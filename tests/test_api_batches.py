@@ -9,6 +9,7 @@ from live_api import running_api
 from live_batches import jsonl, line, read_lines, running_batches, start, wait_for_end
 
 from inferfleet.tasks.ledger import Ledger
+from inferfleet.workers.keys import digest, new_key
 
 CHAT = "/v1/chat/completions"
 
@@ -330,9 +331,13 @@ def test_a_file_that_a_batch_reads_is_not_deleted_before_its_end(client):
     assert client.files.delete(made.input_file_id).deleted
 
 
-def test_another_tenants_batches_are_not_found(api, client):
-    with api.http() as http:
-        for path in ("batch_1", "batch_" + "0" * 32):
+def test_another_tenants_batches_are_not_found_like_those_that_are_not_there(api, client):
+    made = wait_for_end(client, start(client, [line("a")]).id)
+    key = new_key()
+    api.worker.ledger.put_key(digest(key), "another", "")
+    with api.http(headers={"authorization": f"Bearer {key}"}) as http:
+        assert http.get("/v1/batches").json()["data"] == []
+        for path in (made.id, "batch_1", "batch_" + "0" * 32):
             assert http.get(f"/v1/batches/{path}").json()["error"]["code"] == "batch_not_found"
             assert http.post(f"/v1/batches/{path}/cancel").status_code == 404
             assert http.post(f"/v1/batches/{path}/retry", json={}).status_code == 404
