@@ -1,6 +1,5 @@
 """Clients that never give up: each asks again with the same key until it is answered, and notes what was accepted."""
 
-import json
 import random
 import threading
 import time
@@ -116,8 +115,6 @@ class Load:
             job.ends = frozenset({"cancelled"})
         elif first.status_code != 409:
             self.complaints.append(f"the cancel of {job.id} was answered {first.status_code}: {first.text[:300]}")
-        elif json.loads(first.text)["error"]["code"] == "already_cancelled":
-            job.ends = frozenset({"cancelled"})
 
     # Batches ---------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """One soak: start the fleet, load it while things go wrong, let it come to rest, look at what is left."""
 
-import json
 import random
 import time
 from collections import Counter
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 import httpx2
 import invariants
 import openai
+from live_batches import read_lines
 from outbox_moves import pass_time
 from receivers import Receiver, answer, drip, reset, silence
 
@@ -170,7 +170,7 @@ class Soak:
                 if batch.status != "completed":
                     wrong.append(f"{batch_id} is {batch.status} with {batch.request_counts}")
                     continue
-                entries = [read_file(client, name) for name in (batch.output_file_id, batch.error_file_id)]
+                entries = [read_lines(client, name) for name in (batch.output_file_id, batch.error_file_id)]
                 wrong += invariants.batch_wrong(batch, lines, entries)
         return wrong
 
@@ -202,7 +202,3 @@ class Soak:
         else:
             wrong += [f"{key} is left when all has been forgotten" for key in left[:20]]
         wrong += invariants.ownerless(ledger)
-
-
-def read_file(client, file_id):
-    return [] if file_id is None else [json.loads(raw) for raw in client.files.content(file_id).read().splitlines()]
