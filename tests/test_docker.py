@@ -151,7 +151,7 @@ def test_a_service_s_environment_and_file_are_settings(name, files, monkeypatch,
     assert settings.redis_url == "redis://:secret@redis:6379/0"
     assert settings.result_store == ("s3://bucket/prefix" if len(files) == 2 and name != "webhooks" else "redis://")
     for model in settings.models.values():
-        assert (ROOT / "ops" / Path(model.path).relative_to("/models") / "..").resolve() == ROOT / "ops"
+        assert (ROOT / "ops" / Path(model.path).relative_to("/models")).is_dir()  # compose.yaml mounts ops/ there
     # what is left of the grace, after draining and the hand-back, is Docker's to kill in
     assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > settings.drain_grace_seconds + 10
 
