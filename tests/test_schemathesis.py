@@ -86,5 +86,5 @@ def test_the_api_keeps_to_its_document_along_its_links_and_in_random_cases(guard
     cases = examine(guarded, fleet, tmp_path, *flags)
 
     print(f"schemathesis, seed {seed}: {cases} cases")
-    assert cases > 8000
+    assert cases > 10_000  # the coverage phase alone makes 7,400; a busy machine of two cores made 18,000
     still_well(fleet, fleet.workers[0].pid)
