@@ -9,6 +9,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from inferfleet.tasks.ledger import Ledger
 
 if TYPE_CHECKING:
     import httpx2
+    from fleet import Fleet
     from live_api import LiveApi
     from shell import Ran
 
@@ -133,6 +135,15 @@ def own_redis(redis_binary_path: str, tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def module_redis(redis_binary_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server of the module's own, which nobody empties between its tests."""
+    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def redis_url(redis_server: RedisServer) -> str:
     return redis_server.url
@@ -143,6 +154,15 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
     ledger = Ledger.from_url(redis_url, "test")
     yield ledger
     ledger.close()
+
+
+@pytest.fixture
+def fleet(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    """Without a worker yet."""
+    from fleet import Fleet  # only here: it brings the engine's settings, Celery and a fork server
+
+    with closing(Fleet(redis_url, tmp_path)) as fleet:
+        yield fleet
 
 
 @pytest.fixture

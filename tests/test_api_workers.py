@@ -17,13 +17,6 @@ from inferfleet.workers.flight import seed_of
 
 
 @pytest.fixture
-def fleet(redis_url, tmp_path) -> Iterator[Fleet]:
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
-
-
-@pytest.fixture
 def api(fleet) -> Iterator[LiveApi]:
     with api_of_workers(fleet.redis_url, "test") as api:
         yield api

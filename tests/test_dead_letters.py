@@ -1,7 +1,7 @@
 """Dead letters: what is known of jobs that took down every worker, from the ledger to the command line."""
 
 import pytest
-from fleet import Fleet, assert_published_once, until
+from fleet import assert_published_once, until
 from ledger_moves import claim, submit
 from live_api import api_of_workers
 from shell import shell
@@ -88,13 +88,6 @@ def test_another_tenant_sees_no_dead_letter(ledger):
     for ask in (ledger.dead_letter, ledger.replay, ledger.delete_dead_letter):
         with pytest.raises(JobNotFound):
             ask("job_1", "b")
-
-
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 def test_a_poison_job_is_found_looked_into_replayed_and_deleted_over_http_and_by_command(

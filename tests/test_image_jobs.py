@@ -25,13 +25,6 @@ IMAGE = {"p": "image"}
 BOTH = {"m": "fake", "p": "image"}
 
 
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
-
-
 def files(fleet):
     """Keys of all files in the store."""
     prefix = fleet.ledger.prefix + "output:"

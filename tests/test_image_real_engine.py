@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from fleet import Fleet, until
+from fleet import until
 from PIL import Image
 from small_pipeline import write
 
@@ -29,13 +29,6 @@ def folder(tmp_path_factory):
 def offline(folder):
     torch.set_num_threads(1)
     return ImageGenerator(str(folder), **SPEC)
-
-
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 def models(folder):

@@ -5,7 +5,6 @@ import json
 from collections import Counter
 
 import pytest
-from fleet import Fleet
 from ledger_moves import FAR, PAST, claim, submit
 
 from inferfleet.tasks import calls, names
@@ -220,13 +219,6 @@ def test_a_job_of_the_format_before_can_be_steered_before_it_is_taken_over(ledge
 
 
 # What workers make of it ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 def test_lines_of_batches_leave_the_reserved_slots_to_online_work_and_all_run(fleet):

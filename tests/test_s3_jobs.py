@@ -6,10 +6,9 @@ import time
 from datetime import timedelta
 
 import httpx2
-import pytest
 from chaosproxy import ChaosProxy
 from fake_pictures import picture
-from fleet import FAST, Fleet, until
+from fleet import FAST, until
 from live_api import api_of_workers
 from live_batches import read_lines, running_batches, start, wait_for_end
 from swift_s3 import SwiftServer
@@ -19,13 +18,6 @@ from inferfleet.tasks.stores import open_store
 from inferfleet.workers.batches.orphans import OrphanSweep
 
 IMAGE = {"p": "image"}
-
-
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 def painted(fleet, settings, job_id, seed):

@@ -12,13 +12,6 @@ from fleet import Fleet, assert_published_once, until
 from inferfleet.workers.janitor import Janitor
 
 
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
-
-
 def test_a_killed_worker_s_job_goes_on_in_another_where_it_was(fleet):
     first = fleet.start_worker()
     job_id = fleet.submit("tokens=120 step=0.01")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fleet import Fleet, deltas
+from fleet import deltas
 from parity.checkpoints.writing import write
 
 from inferfleet.engine.offline import LLM
@@ -28,13 +28,6 @@ def folder(tmp_path_factory):
 def offline(folder):
     torch.set_num_threads(1)
     return LLM(folder, **SMALL)
-
-
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 def messages(words):

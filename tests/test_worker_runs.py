@@ -6,17 +6,10 @@ import pytest
 from celery import Celery, chain, chord, group
 from fake_engine import answer
 from fake_pictures import picture
-from fleet import Fleet, until
+from fleet import until
 
 from inferfleet.tasks import errors
 from inferfleet.workers.runs.run import job_id_of
-
-
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import psutil
 import pytest
 from celery import Celery, chain, chord, group
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
-from conftest import RedisServer
 from fake_engine import answer
 from fleet import Fleet, until
 
@@ -21,23 +20,12 @@ LONG = "tokens=3000 step=0.01"
 RUN = "inferfleet.run"
 
 
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
-
-
 @pytest.fixture(scope="module")
-def shared(redis_binary_path, tmp_path_factory):
+def shared(module_redis, tmp_path_factory):
     """A fleet of one worker, on a Redis of its own, for the tests that need nothing special."""
-    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
-    server.start()
-    fleet = Fleet(server.url, tmp_path_factory.mktemp("logs"))
-    fleet.start_worker({"m": "fake", "p": "image"}, run_slots=8)
-    yield fleet
-    fleet.close()
-    server.kill()
+    with contextlib.closing(Fleet(module_redis.url, tmp_path_factory.mktemp("logs"))) as fleet:
+        fleet.start_worker({"m": "fake", "p": "image"}, run_slots=8)
+        yield fleet
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import urllib.request
 
 import pytest
 from celery import Celery
-from conftest import RedisServer
 from fake_engine import answer
 from fleet import Fleet, assert_published_once, deltas, until
 
@@ -17,23 +16,12 @@ from inferfleet.workers.flight import seed_of
 from inferfleet.workers.metrics import fleet_families
 
 
-@pytest.fixture
-def fleet(redis_url, tmp_path):
-    fleet = Fleet(redis_url, tmp_path)
-    yield fleet
-    fleet.close()
-
-
 @pytest.fixture(scope="module")
-def shared(redis_binary_path, tmp_path_factory):
+def shared(module_redis, tmp_path_factory):
     """A fleet of one ordinary worker, on a Redis of its own, for the tests that need nothing special."""
-    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
-    server.start()
-    fleet = Fleet(server.url, tmp_path_factory.mktemp("logs"))
-    fleet.start_worker()
-    yield fleet
-    fleet.close()
-    server.kill()
+    with contextlib.closing(Fleet(module_redis.url, tmp_path_factory.mktemp("logs"))) as fleet:
+        fleet.start_worker()
+        yield fleet
 
 
 @pytest.fixture
