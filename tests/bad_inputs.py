@@ -19,7 +19,7 @@ BODY_LIMIT = 1 << 20
 CHAT, RESPONSES, IMAGES, EDITS = "/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"
 JOBS, FILES, BATCHES, HOOKS = "/v1/jobs", "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 NOBODY = "0" * 32
-#: Fields of an error that no request's words may get into, and what they are if nothing else is said.
+#: Codes of errors: of most rows, and of what is understood and not served.
 BAD, UNSERVED = "invalid_request", "unsupported_feature"
 
 Ask = Callable[[httpx2.Client], httpx2.Response]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 import uuid
@@ -18,7 +17,7 @@ import radosgw
 import redis
 from chaosproxy import ChaosProxy
 from radosgw import RadosGateway
-from swift_s3 import SwiftMissing, SwiftServer, swift_python
+from swift_s3 import SwiftMissing, SwiftServer, free_port, swift_python
 
 from inferfleet.tasks.ledger import Ledger
 
@@ -59,12 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class RedisServer:
