@@ -2,7 +2,6 @@
 
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +35,7 @@ from inferfleet.workers.cli_options import (
     complete_endpoints,
     key_values,
 )
-from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page
+from inferfleet.workers.cli_output import EXIT_JOB, age, clock, out, print_facts, print_json, print_page
 
 app = typer.Typer(no_args_is_help=True, help="Run files of requests, and look at what became of them.")
 
@@ -241,7 +240,7 @@ def _print_batch(batch: dict[str, Any]) -> None:
     counts, usage = batch["request_counts"], batch["usage"]
     facts = [(name, str(batch[name])) for name in ("id", "status", "endpoint", "model") if batch[name]]
     facts.append(("created", f"{age(batch['created_at'])} ago"))
-    facts.append(("expires", datetime.fromtimestamp(batch["expires_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")))
+    facts.append(("expires", clock(batch["expires_at"])))
     facts.append(("lines", f"{counts['total']}: {counts['completed']} answered, {counts['failed']} failed"))
     facts.append(("tokens", f"{usage['input_tokens']} read, {usage['output_tokens']} written"))
     names = ("input_file_id", "output_file_id", "error_file_id")

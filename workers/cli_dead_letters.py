@@ -1,13 +1,14 @@
 """`inferfleet dead-letters`: list, show, replay, delete."""
 
-from datetime import datetime
 from typing import Annotated
 
 import typer
 
-from inferfleet.workers.cli_jobs import JobId, path_of, print_job
+from inferfleet.tasks.errors import JobNotFound
+from inferfleet.workers.cli_http import path_to
+from inferfleet.workers.cli_jobs import JobId, print_job
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_models
-from inferfleet.workers.cli_output import age, out, print_json, print_page, print_table
+from inferfleet.workers.cli_output import age, clock, out, print_json, print_page, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every worker that tried them.")
 
@@ -37,14 +38,14 @@ def list_dead_letters(
 def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Show one: the job, and the worker, times and death of each attempt."""
     with api_client(api_url, api_key) as client:
-        letter = client.request("GET", _path_of(job_id))
+        letter = client.request("GET", letter_route(job_id))
     if json:
         print_json(letter)
         return
     print_job(letter["job"])
     out.print()
     rows = [
-        (str(a["attempt"]), _clock(a["ended_at"]), f"{a['ended_at'] - a['started_at']:.1f}s", a["outcome"], a["worker"],
+        (str(a["attempt"]), clock(a["ended_at"]), f"{a['ended_at'] - a['started_at']:.1f}s", a["outcome"], a["worker"],
          a["reason"] or "-")
         for a in letter["attempts"]
     ]  # fmt: skip
@@ -55,7 +56,7 @@ def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: Api
 def replay(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Queue one again, once what killed its workers is mended."""
     with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"{_path_of(job_id)}/replay")
+        job = client.request("POST", f"{letter_route(job_id)}/replay")
     print_json(job) if json else out.print(f"{job['id']} {job['status']}")
 
 
@@ -63,13 +64,10 @@ def replay(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: A
 def delete(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Forget one."""
     with api_client(api_url, api_key) as client:
-        gone = client.request("DELETE", _path_of(job_id))
+        gone = client.request("DELETE", letter_route(job_id))
     print_json(gone) if json else out.print(f"{job_id} deleted")
 
 
-def _path_of(job_id: str) -> str:
-    return path_of(job_id).replace("/v1/jobs/", "/v1/dead_letters/")
-
-
-def _clock(unix_seconds: float) -> str:
-    return datetime.fromtimestamp(unix_seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+def letter_route(job_id: str) -> str:
+    """A dead letter's route. Raises JobNotFound for what can be no id."""
+    return path_to("/v1/dead_letters", job_id, JobNotFound)
