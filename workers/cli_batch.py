@@ -24,12 +24,14 @@ from inferfleet.workers.cli_batch_run import (
     run_file,
     watch,
 )
+from inferfleet.workers.cli_calls import call_verb
 from inferfleet.workers.cli_files import LocalFile, send_file
 from inferfleet.workers.cli_http import ApiClient
 from inferfleet.workers.cli_options import (
     ApiKey,
     ApiUrl,
     Json,
+    Limit,
     api_client,
     complete_batches,
     complete_endpoints,
@@ -121,15 +123,14 @@ def run(
 @app.command("list")
 def list_batches(
     after: Annotated[str | None, typer.Option(help="Start behind this batch id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List batches, newest first."""
-    params = {"limit": str(limit)} | ({"after": after} if after else {})
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/batches", params=params)
+        page = client.page("/v1/batches", limit, {"after": after})
     print_page(page, ("ID", "STATUS", "LINES", "ANSWERED", "FAILED", "AGE", "ENDPOINT"), _row, json=json)
 
 
@@ -160,9 +161,7 @@ def wait(
 @app.command()
 def cancel(batch_id: BatchId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Cancel a batch. What has ended is kept; every other line ends in the error file."""
-    with api_client(api_url, api_key) as client:
-        batch = client.request("POST", f"{batch_route(batch_id)}/cancel")
-    print_json(batch) if json else out.print(f"{batch['id']} {batch['status']}")
+    call_verb(f"{batch_route(batch_id)}/cancel", json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()

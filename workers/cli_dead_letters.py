@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from inferfleet.tasks.errors import JobNotFound
+from inferfleet.workers.cli_calls import call_verb, delete_one
 from inferfleet.workers.cli_http import path_to
 from inferfleet.workers.cli_jobs import JobId, print_job
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_models
+from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, Limit, api_client, complete_models
 from inferfleet.workers.cli_output import age, clock, out, print_json, print_page, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every worker that tried them.")
@@ -17,15 +18,14 @@ app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every 
 def list_dead_letters(
     model: Annotated[str | None, typer.Option(help="Only jobs of this model.", autocompletion=complete_models)] = None,
     after: Annotated[str | None, typer.Option(help="Start behind this job id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List dead letters, newest first."""
-    params = {"limit": str(limit)} | {name: value for name, value in (("model", model), ("after", after)) if value}
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/dead_letters", params=params)
+        page = client.page("/v1/dead_letters", limit, {"model": model, "after": after})
     print_page(
         page,
         ("ID", "MODEL", "DIED", "ATTEMPTS"),
@@ -55,17 +55,13 @@ def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: Api
 @app.command()
 def replay(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Queue one again, once what killed its workers is mended."""
-    with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"{letter_route(job_id)}/replay")
-    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+    call_verb(f"{letter_route(job_id)}/replay", json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()
 def delete(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Forget one."""
-    with api_client(api_url, api_key) as client:
-        gone = client.request("DELETE", letter_route(job_id))
-    print_json(gone) if json else out.print(f"{job_id} deleted")
+    delete_one(letter_route(job_id), json=json, api_url=api_url, api_key=api_key)
 
 
 def letter_route(job_id: str) -> str:
