@@ -100,12 +100,14 @@ def test_the_priority_of_a_line_is_its_own_its_tiers_or_the_batchs(api, ledger):
         "flex": {"service_tier": "flex"},
         "soon": {"service_tier": "priority"},
         "none": {},
+        "auto": {"service_tier": "auto"},
     }
     lines = [line(name, "hold on", **wish) for name, wish in wishes.items()]
     made = start(api.sdk(), lines, extra_body={"priority": 100})
-    jobs = until(lambda: len(found := ledger.list("default", metadata={"batch_id": made.id}).jobs) == 4 and found)
+    jobs = until(lambda: len(found := ledger.list("default", metadata={"batch_id": made.id}).jobs) == 5 and found)
     # behind all online work, in the order that they name
-    assert {job.custom_id: job.priority for job in jobs} == {"own": 50, "soon": 62, "flex": 87, "none": 100}
+    found = {job.custom_id: job.priority for job in jobs}
+    assert found == {"own": 50, "soon": 62, "flex": 87, "none": 100, "auto": 100}
     api.sdk().batches.cancel(made.id)
     wait_for_end(api.sdk(), made.id)
 

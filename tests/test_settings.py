@@ -3,7 +3,7 @@
 import pytest
 
 from inferfleet.tasks.errors import SettingsError
-from inferfleet.tasks.settings import ImageSettings, load_settings
+from inferfleet.tasks.settings import ImageSettings, load_settings, local_url
 from inferfleet.workers.host import engine_spec
 
 
@@ -135,3 +135,11 @@ def test_a_misspelt_image_setting_is_refused_with_the_nearest(bare):
     (bare / "inferfleet.toml").write_text('[models.flux]\npath = "/f"\n[models.flux.image]\nmax_batch = 1\n')
     with pytest.raises(SettingsError, match=r"models.flux.image.max_batch; did you mean max_batch_size"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7"), ("gpu-3", "gpu-3")],
+)
+def test_a_server_that_listens_everywhere_is_reached_by_the_loopback_of_its_own_kind(host, name):
+    assert local_url(host, 8000) == f"http://{name}:8000"

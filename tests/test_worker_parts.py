@@ -16,11 +16,11 @@ from inferfleet.tasks import errors
 from inferfleet.tasks.doorbell import broker_url
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
-from inferfleet.workers import logs
+from inferfleet.workers import checks, logs
 from inferfleet.workers.app import FleetRequest, make_app
 from inferfleet.workers.cards import card_of
 from inferfleet.workers.chat_flight import ChatFlight
-from inferfleet.workers.checks import Standing, check_redis, complaints_about
+from inferfleet.workers.checks import Standing, accept_redis, check_redis, complaints_about
 from inferfleet.workers.child import EngineChild, EngineGone, LoadRefused, pinned
 from inferfleet.workers.flight import Ending, seed_of
 from inferfleet.workers.gate import Gate
@@ -338,6 +338,22 @@ def test_an_unfit_redis_is_refused_with_the_command_that_mends_it(own_redis):
     for fix in ("redis-cli CONFIG SET maxmemory-policy noeviction", "redis-cli CONFIG SET appendonly yes"):
         assert fix in refusal.value.message and any(fix in complaint for complaint in complaints)
     assert "allow_unsafe_redis" in refusal.value.message
+    ledger.close()
+
+
+def test_an_unfit_redis_that_is_let_pass_is_complained_of_in_the_log(own_redis, monkeypatch):
+    settings = Settings(redis_url=own_redis.url, allow_unsafe_redis=True)
+    ledger = Ledger.from_url(settings.redis_url)
+    ledger.redis.config_set("maxmemory-policy", "allkeys-lru")
+    said = []
+    monkeypatch.setattr(checks.log, "warning", lambda event, complaint: said.append((event, complaint)))
+
+    assert accept_redis(ledger, settings).eviction == "allkeys-lru"
+
+    [(event, complaint)] = said
+    assert event == "redis_unsafe" and "maxmemory-policy noeviction" in complaint
+    with pytest.raises(errors.RedisMisconfigured):
+        accept_redis(ledger, Settings(redis_url=own_redis.url))
     ledger.close()
 
 

@@ -11,6 +11,9 @@ from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 from inferfleet.tasks.ledger import Ledger, as_unavailable
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import Bucket, S3Store, open_store
+from inferfleet.workers import logs
+
+log = logs.get("checks")
 
 OLDEST = (6, 2)
 OVERRIDE = "or set allow_unsafe_redis = true (INFERFLEET_ALLOW_UNSAFE_REDIS=true) where losing jobs does not matter"
@@ -53,6 +56,17 @@ def check_redis(ledger: Ledger, *, allow_unsafe: bool) -> tuple[Standing, list[s
     if complaints and not allow_unsafe:
         raise RedisMisconfigured(f"{' Also: '.join(complaints)} ({OVERRIDE})", param="redis_url")
     return standing, complaints
+
+
+def accept_redis(ledger: Ledger, settings: Settings) -> Standing:
+    """The server's standing, if it is fit or the settings let it pass: each complaint is a line in the log then.
+
+    Raises as `check_redis`.
+    """
+    standing, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
+    for complaint in complaints:
+        log.warning("redis_unsafe", complaint=complaint)
+    return standing
 
 
 def ask(client: "redis.Redis") -> Standing:

@@ -154,7 +154,7 @@ def batches() -> None:
     from inferfleet.workers import logs
     from inferfleet.workers.batches.runner import run_batches
 
-    settings = load_settings({})
+    settings = load_settings()
     logs.configure(settings.log_level, settings.log_format)
     run_batches(settings)
 

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,18 +24,20 @@ from inferfleet.workers.cli_batch_run import (
     run_file,
     watch,
 )
+from inferfleet.workers.cli_calls import call_verb
 from inferfleet.workers.cli_files import LocalFile, send_file
 from inferfleet.workers.cli_http import ApiClient
 from inferfleet.workers.cli_options import (
     ApiKey,
     ApiUrl,
     Json,
+    Limit,
     api_client,
     complete_batches,
     complete_endpoints,
     key_values,
 )
-from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page
+from inferfleet.workers.cli_output import EXIT_JOB, age, clock, out, print_facts, print_json, print_page
 
 app = typer.Typer(no_args_is_help=True, help="Run files of requests, and look at what became of them.")
 
@@ -122,15 +123,14 @@ def run(
 @app.command("list")
 def list_batches(
     after: Annotated[str | None, typer.Option(help="Start behind this batch id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List batches, newest first."""
-    params = {"limit": str(limit)} | ({"after": after} if after else {})
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/batches", params=params)
+        page = client.page("/v1/batches", limit, {"after": after})
     print_page(page, ("ID", "STATUS", "LINES", "ANSWERED", "FAILED", "AGE", "ENDPOINT"), _row, json=json)
 
 
@@ -161,9 +161,7 @@ def wait(
 @app.command()
 def cancel(batch_id: BatchId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Cancel a batch. What has ended is kept; every other line ends in the error file."""
-    with api_client(api_url, api_key) as client:
-        batch = client.request("POST", f"{batch_route(batch_id)}/cancel")
-    print_json(batch) if json else out.print(f"{batch['id']} {batch['status']}")
+    call_verb(f"{batch_route(batch_id)}/cancel", json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()
@@ -241,7 +239,7 @@ def _print_batch(batch: dict[str, Any]) -> None:
     counts, usage = batch["request_counts"], batch["usage"]
     facts = [(name, str(batch[name])) for name in ("id", "status", "endpoint", "model") if batch[name]]
     facts.append(("created", f"{age(batch['created_at'])} ago"))
-    facts.append(("expires", datetime.fromtimestamp(batch["expires_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")))
+    facts.append(("expires", clock(batch["expires_at"])))
     facts.append(("lines", f"{counts['total']}: {counts['completed']} answered, {counts['failed']} failed"))
     facts.append(("tokens", f"{usage['input_tokens']} read, {usage['output_tokens']} written"))
     names = ("input_file_id", "output_file_id", "error_file_id")

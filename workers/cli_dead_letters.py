@@ -1,13 +1,15 @@
 """`inferfleet dead-letters`: list, show, replay, delete."""
 
-from datetime import datetime
 from typing import Annotated
 
 import typer
 
-from inferfleet.workers.cli_jobs import JobId, path_of, print_job
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_models
-from inferfleet.workers.cli_output import age, out, print_json, print_page, print_table
+from inferfleet.tasks.errors import JobNotFound
+from inferfleet.workers.cli_calls import call_verb, delete_one
+from inferfleet.workers.cli_http import path_to
+from inferfleet.workers.cli_jobs import JobId, print_job
+from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, Limit, api_client, complete_models
+from inferfleet.workers.cli_output import age, clock, out, print_json, print_page, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every worker that tried them.")
 
@@ -16,15 +18,14 @@ app = typer.Typer(no_args_is_help=True, help="Look at jobs that took down every 
 def list_dead_letters(
     model: Annotated[str | None, typer.Option(help="Only jobs of this model.", autocompletion=complete_models)] = None,
     after: Annotated[str | None, typer.Option(help="Start behind this job id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List dead letters, newest first."""
-    params = {"limit": str(limit)} | {name: value for name, value in (("model", model), ("after", after)) if value}
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/dead_letters", params=params)
+        page = client.page("/v1/dead_letters", limit, {"model": model, "after": after})
     print_page(
         page,
         ("ID", "MODEL", "DIED", "ATTEMPTS"),
@@ -37,14 +38,14 @@ def list_dead_letters(
 def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Show one: the job, and the worker, times and death of each attempt."""
     with api_client(api_url, api_key) as client:
-        letter = client.request("GET", _path_of(job_id))
+        letter = client.request("GET", letter_route(job_id))
     if json:
         print_json(letter)
         return
     print_job(letter["job"])
     out.print()
     rows = [
-        (str(a["attempt"]), _clock(a["ended_at"]), f"{a['ended_at'] - a['started_at']:.1f}s", a["outcome"], a["worker"],
+        (str(a["attempt"]), clock(a["ended_at"]), f"{a['ended_at'] - a['started_at']:.1f}s", a["outcome"], a["worker"],
          a["reason"] or "-")
         for a in letter["attempts"]
     ]  # fmt: skip
@@ -54,22 +55,15 @@ def show(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: Api
 @app.command()
 def replay(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Queue one again, once what killed its workers is mended."""
-    with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"{_path_of(job_id)}/replay")
-    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+    call_verb(f"{letter_route(job_id)}/replay", json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()
 def delete(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Forget one."""
-    with api_client(api_url, api_key) as client:
-        gone = client.request("DELETE", _path_of(job_id))
-    print_json(gone) if json else out.print(f"{job_id} deleted")
+    delete_one(letter_route(job_id), json=json, api_url=api_url, api_key=api_key)
 
 
-def _path_of(job_id: str) -> str:
-    return path_of(job_id).replace("/v1/jobs/", "/v1/dead_letters/")
-
-
-def _clock(unix_seconds: float) -> str:
-    return datetime.fromtimestamp(unix_seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+def letter_route(job_id: str) -> str:
+    """A dead letter's route. Raises JobNotFound for what can be no id."""
+    return path_to("/v1/dead_letters", job_id, JobNotFound)

@@ -5,17 +5,19 @@ from typing import Annotated, Any
 import typer
 
 from inferfleet.tasks.errors import DeliveryNotFound
+from inferfleet.workers.cli_calls import call_verb
 from inferfleet.workers.cli_http import path_to
 from inferfleet.workers.cli_options import (
     ApiKey,
     ApiUrl,
     Json,
+    Limit,
     api_client,
     complete_batches,
     complete_endpoints,
     complete_jobs,
 )
-from inferfleet.workers.cli_output import age, out, print_facts, print_json, print_page
+from inferfleet.workers.cli_output import age, print_facts, print_json, print_page
 
 app = typer.Typer(no_args_is_help=True, help="What became of webhooks.")
 
@@ -31,16 +33,15 @@ def list_deliveries(
     batch: Annotated[str | None, typer.Option(help="Only of this batch.", autocompletion=complete_batches)] = None,
     status: Annotated[str | None, typer.Option(help="Only pending, delivered or failed ones.")] = None,
     after: Annotated[str | None, typer.Option(help="Start behind this delivery id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List deliveries, newest first."""
     given = {"webhook_endpoint_id": endpoint, "job_id": job, "batch_id": batch, "status": status, "after": after}
-    params = {"limit": str(limit)} | {name: value for name, value in given.items() if value}
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/webhook_deliveries", params=params)
+        page = client.page("/v1/webhook_deliveries", limit, given)
     print_page(page, ("ID", "STATUS", "TRIES", "ANSWER", "AGE", "EVENT", "OF", "TO"), _row, json=json)
 
 
@@ -59,9 +60,7 @@ def show(delivery_id: DeliveryId, json: Json = False, api_url: ApiUrl = None, ap
 @app.command()
 def replay(delivery_id: DeliveryId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Send it once more, now, under the same event id."""
-    with api_client(api_url, api_key) as client:
-        found = client.request("POST", f"{delivery_route(delivery_id)}/replay")
-    print_json(found) if json else out.print(f"{found['id']} {found['status']}", markup=False)
+    call_verb(f"{delivery_route(delivery_id)}/replay", json=json, api_url=api_url, api_key=api_key)
 
 
 def delivery_route(delivery_id: str) -> str:

@@ -6,8 +6,9 @@ import typer
 
 from inferfleet.tasks.errors import EndpointNotFound
 from inferfleet.tasks.names import WEBHOOK_ENDS, WEBHOOK_EVENTS
+from inferfleet.workers.cli_calls import delete_one
 from inferfleet.workers.cli_http import path_to
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_endpoints
+from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, Limit, api_client, complete_endpoints
 from inferfleet.workers.cli_output import age, err, out, print_facts, print_json, print_page
 
 app = typer.Typer(no_args_is_help=True, help="Where webhooks go. Who sends them is `inferfleet webhooks`.")
@@ -49,15 +50,14 @@ def create(
 @app.command("list")
 def list_endpoints(
     after: Annotated[str | None, typer.Option(help="Start behind this endpoint id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List endpoints, newest first."""
-    params = {"limit": str(limit)} | ({"after": after} if after else {})
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/webhook_endpoints", params=params)
+        page = client.page("/v1/webhook_endpoints", limit, {"after": after})
     print_page(
         page,
         ("ID", "STATUS", "FAILURES", "AGE", "NAME", "URL"),
@@ -96,9 +96,7 @@ def update(
 @app.command()
 def delete(endpoint_id: EndpointId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Forget an endpoint; deliveries that wait for it fail."""
-    with api_client(api_url, api_key) as client:
-        gone = client.request("DELETE", endpoint_route(endpoint_id))
-    print_json(gone) if json else out.print(f"{endpoint_id} deleted", markup=False)
+    delete_one(endpoint_route(endpoint_id), json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()

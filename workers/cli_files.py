@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from inferfleet.tasks.errors import FileNotFound
+from inferfleet.workers.cli_calls import delete_one
 from inferfleet.workers.cli_http import ApiClient, path_to
 from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_files
 from inferfleet.workers.cli_output import age, err, out, print_facts, print_json, print_page
@@ -64,9 +65,8 @@ def list_files(
     api_key: ApiKey = None,
 ) -> None:
     """List files, newest first."""
-    params = {"limit": str(limit)} | ({"after": after} if after else {})
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/files", params=params)
+        page = client.page("/v1/files", limit, {"after": after})
     print_page(
         page,
         ("ID", "PURPOSE", "SIZE", "AGE", "NAME"),
@@ -106,9 +106,7 @@ def content(
 @app.command()
 def delete(file_id: FileId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Forget a file."""
-    with api_client(api_url, api_key) as client:
-        gone = client.request("DELETE", file_route(file_id))
-    print_json(gone) if json else out.print(f"{file_id} deleted", markup=False)
+    delete_one(file_route(file_id), json=json, api_url=api_url, api_key=api_key)
 
 
 def file_route(file_id: str) -> str:

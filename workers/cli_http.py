@@ -59,6 +59,17 @@ class ApiClient:
             answer: dict[str, Any] = response.json() if response.content else {}
             return answer
 
+    def page(
+        self, collection: str, limit: int, given: Mapping[str, str | None], labels: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """A page of a collection: as the given parameters that are not empty say, of what carries the labels.
+
+        Errors as in `request`.
+        """
+        params = {"limit": str(limit)} | {name: value for name, value in given.items() if value}
+        params |= {f"metadata[{key}]": value for key, value in (labels or {}).items()}
+        return self.request("GET", collection, params=params)
+
     def read(self, path: str) -> bytes:
         """A file of the API. Errors as in `request`."""
         with self._reaching():

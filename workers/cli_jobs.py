@@ -8,8 +8,18 @@ import typer
 
 from inferfleet.tasks.errors import JobNotFound, NotTerminal, OutputNotFound, from_dict
 from inferfleet.tasks.names import TERMINAL
+from inferfleet.workers.cli_calls import call_verb
 from inferfleet.workers.cli_http import ApiClient, path_to
-from inferfleet.workers.cli_options import ApiKey, ApiUrl, Json, api_client, complete_jobs, complete_models, key_values
+from inferfleet.workers.cli_options import (
+    ApiKey,
+    ApiUrl,
+    Json,
+    Limit,
+    api_client,
+    complete_jobs,
+    complete_models,
+    key_values,
+)
 from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page
 from inferfleet.workers.cli_saving import Target, finish, refuse_mixed
 from inferfleet.workers.loading import in_units
@@ -28,17 +38,15 @@ def list_jobs(
     model: Annotated[str | None, typer.Option(help="Only jobs of this model.", autocompletion=complete_models)] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE that a job must carry; repeatable.")] = None,
     after: Annotated[str | None, typer.Option(help="Start behind this job id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 20,
+    limit: Limit = 20,
     json: Json = False,
     api_url: ApiUrl = None,
     api_key: ApiKey = None,
 ) -> None:
     """List jobs, newest first."""
-    params = {"limit": str(limit)}
-    params |= {name: value for name, value in (("status", status), ("model", model), ("after", after)) if value}
-    params |= {f"metadata[{key}]": value for key, value in key_values(metadata).items()}
+    given, labels = {"status": status, "model": model, "after": after}, key_values(metadata)
     with api_client(api_url, api_key) as client:
-        page = client.request("GET", "/v1/jobs", params=params)
+        page = client.page("/v1/jobs", limit, given, labels)
     print_page(
         page,
         ("ID", "STATUS", "MODEL", "AGE", "ATTEMPTS"),
@@ -85,17 +93,13 @@ def _wait_for_end(client: ApiClient, job_id: str, timeout: float | None) -> dict
 @app.command()
 def cancel(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Cancel a job: at once while it is queued, at the next step while it runs."""
-    with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"{path_of(job_id)}/cancel")
-    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+    call_verb(f"{path_of(job_id)}/cancel", json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()
 def retry(job_id: JobId, json: Json = False, api_url: ApiUrl = None, api_key: ApiKey = None) -> None:
     """Queue a job again that failed, expired or was cancelled."""
-    with api_client(api_url, api_key) as client:
-        job = client.request("POST", f"{path_of(job_id)}/retry")
-    print_json(job) if json else out.print(f"{job['id']} {job['status']}")
+    call_verb(f"{path_of(job_id)}/retry", json=json, api_url=api_url, api_key=api_key)
 
 
 @app.command()

@@ -61,6 +61,7 @@ ApiKey = Annotated[
     str | None,
     typer.Option("--api-key", metavar="KEY", help="A key of the API (INFERFLEET_API_KEY).", rich_help_panel="API"),
 ]
+Limit = Annotated[int, typer.Option(min=1, max=100, help="How many at most.")]
 Models = Annotated[
     list[str] | None,
     typer.Option("--model", "-m", metavar="NAME=PATH", help="Serve this model: a folder or a hub id; repeatable."),

@@ -10,9 +10,10 @@ import platform
 import secrets
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import redis
 from redis import exceptions
@@ -72,12 +73,23 @@ def start_redis(binary: Path, folder: Path, log: Path) -> EmbeddedRedis:
     """Runs `binary` on a free loopback port with its data in `folder`. Raises ChildFailed if it does not come up."""
     folder.mkdir(parents=True, exist_ok=True)
     port, password = free_port(), secrets.token_urlsafe(24)
-    # The configuration goes through stdin: a password among the arguments would show in `ps`.
-    config = CONFIG.format(port=port, password=password, folder=_quoted(folder))
-    child = start_child("redis", [str(binary), "-"], log=log, stdin=config.encode())
+    child = _launch(str(binary), folder, log, port, password)
     url = f"redis://:{password}@127.0.0.1:{port}/0"
     await_redis(child, url)
     return EmbeddedRedis(child, url, str(binary))
+
+
+def start_redis_again(server: EmbeddedRedis, folder: Path, log: Path) -> EmbeddedRedis:
+    """The server on its port, with its password and its data; it may not have read them yet."""
+    url = urlsplit(server.url)
+    assert url.port is not None and url.password is not None
+    return replace(server, child=_launch(server.binary, folder, log, url.port, url.password))
+
+
+def _launch(binary: str, folder: Path, log: Path, port: int, password: str) -> Child:
+    """The configuration goes through stdin: a password among the arguments would show in `ps`."""
+    config = CONFIG.format(port=port, password=password, folder=_quoted(folder))
+    return start_child("redis", [binary, "-"], log=log, stdin=config.encode())
 
 
 def await_redis(child: Child, url: str) -> None:

@@ -19,16 +19,15 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from inferfleet.tasks.errors import FleetError, SetupError
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import local_url
 from inferfleet.workers.cli_http import SHORT, ApiClient
-from inferfleet.workers.embedded import CONFIG, EmbeddedRedis, await_redis, find_server, start_redis
+from inferfleet.workers.embedded import EmbeddedRedis, await_redis, find_server, start_redis, start_redis_again
 from inferfleet.workers.keys import digest, is_loopback, new_key
 from inferfleet.workers.loading import Loading
 from inferfleet.workers.processes import Child, ChildFailed, start_child
@@ -165,12 +164,9 @@ class Fleet:
     def _start_redis_again(self) -> None:
         """On the port, with the password and the data of before: the others know no other, and they wait for it."""
         assert self.redis is not None
-        url = urlsplit(self.redis.url)
-        folder = json.dumps(str(self.plan.folder / "redis"), ensure_ascii=False)
-        config = CONFIG.format(port=url.port, password=url.password, folder=folder)
-        child = start_child("redis", [self.redis.binary, "-"], log=self._log("redis"), stdin=config.encode())
-        self.redis = replace(self.redis, child=child)
-        threading.Thread(target=_settle, args=(child, self.redis.url), name="redis", daemon=True).start()
+        self.redis = start_redis_again(self.redis, self.plan.folder / "redis", self._log("redis"))
+        settle = threading.Thread(target=_settle, args=(self.redis.child, self.redis.url), name="redis", daemon=True)
+        settle.start()
 
     def _make_first_key(self, ledger: Ledger) -> None:
         """Beyond loopback the API wants a key to exist, and nobody can make one before our Redis runs."""

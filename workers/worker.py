@@ -20,7 +20,7 @@ from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import ModelSpec, Settings
 from inferfleet.workers import logs
 from inferfleet.workers.app import FleetApp, WakingPool, make_app
-from inferfleet.workers.checks import check_redis, check_store
+from inferfleet.workers.checks import accept_redis, check_store
 from inferfleet.workers.child import ENGINE_COMMAND
 from inferfleet.workers.lifecycle import Lifecycle
 
@@ -114,10 +114,8 @@ def run_worker(
         raise SettingsError("a worker needs a model: set models.<name>.path", param="models")
     logs.configure(settings.log_level, settings.log_format)
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
-    standing, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
+    standing = accept_redis(ledger, settings)
     log.info("redis_checked", version=standing.version, fsync=standing.fsync, durability=standing.durability)
-    for complaint in complaints:
-        log.warning("redis_unsafe", complaint=complaint)
     check_store(settings, ledger)
     app = make_app(settings, [names.turn_queue(model, settings.namespace) for model in models])
     lifecycle = Lifecycle(settings, models, app, ledger, engine_command)

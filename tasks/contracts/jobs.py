@@ -54,10 +54,17 @@ class JobRequest(QueueOptions):
         return validated(cls, {"url": url, "body": body})
 
     @property
-    def effective_priority(self) -> int:
-        """Lower runs first. The job's own options go before those in its body, a priority before a tier."""
+    def wished_priority(self) -> int | None:
+        """The job's own options go before those in its body, a priority before a tier. None where it leaves the choice
+        to whoever carries it: it names neither, or the tier `auto`."""
         given = self.priority if self.priority is not None else self.body.priority
-        return given if given is not None else TIERS[self.service_tier or self.body.service_tier]
+        tier = self.service_tier or self.body.service_tier
+        return TIERS[tier] if given is None and tier not in (None, "auto") else given
+
+    @property
+    def effective_priority(self) -> int:
+        """Lower runs first."""
+        return TIERS[None] if self.wished_priority is None else self.wished_priority
 
     @property
     def deadline_ms(self) -> int | None:

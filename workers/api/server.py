@@ -20,7 +20,6 @@ from inferfleet.tasks.errors import FleetError, InvalidRequest, MethodNotAllowed
 from inferfleet.tasks.ledger import BACKOFF, CONNECT_TIMEOUT, AsyncLedger, Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import open_async_store
-from inferfleet.workers import logs
 from inferfleet.workers.api import (
     batches,
     chat,
@@ -48,10 +47,8 @@ from inferfleet.workers.api.services import Services
 from inferfleet.workers.api.sse import cancel_and_wait
 from inferfleet.workers.api.telemetry import HttpMetrics
 from inferfleet.workers.api.waiting import CLIENT_LEFT
-from inferfleet.workers.checks import check_redis, check_store
+from inferfleet.workers.checks import accept_redis, check_store
 from inferfleet.workers.keys import is_loopback
-
-log = logs.get("api")
 
 #: Short calls share these; waiters hold none of them (see hub.py).
 MAX_CONNECTIONS = 64
@@ -171,9 +168,7 @@ def _client(settings: Settings, connections: int, seconds: float, retries: int) 
 def _check_setup(settings: Settings) -> None:
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
     try:
-        _, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
-        for complaint in complaints:
-            log.warning("redis_unsafe", complaint=complaint)
+        accept_redis(ledger, settings)
         check_store(settings, ledger)
         if not is_loopback(settings.api_host) and not ledger.list_keys():
             raise NoApiKey(

@@ -73,8 +73,7 @@ class LineReader:
 
     def _wish(self, job: JobRequest) -> int:
         """The priority that the line names, by number or by tier, else the batch's."""
-        options = (job.priority, job.service_tier, job.body.priority, job.body.service_tier)
-        return job.effective_priority if any(option is not None for option in options) else self._batch.priority
+        return self._batch.priority if job.wished_priority is None else job.wished_priority
 
     def _card(self, model: str) -> dict[str, Any] | None:
         if time.monotonic() >= self._cards_until:

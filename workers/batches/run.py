@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from inferfleet.tasks import batches, files, names, roster
 from inferfleet.tasks.batches import BatchRecord, Ended, Held, Line
-from inferfleet.tasks.call import Call, Key, Steps
+from inferfleet.tasks.call import Call, Key
 from inferfleet.tasks.contracts import body_hash
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import (
@@ -92,7 +92,7 @@ class Flying:
 
 @dataclass
 class BatchRun:
-    """Runs one batch. The heart of the process keeps `held` up to date, and sets `lost`."""
+    """Runs one batch. The runner that carries it keeps `held` up to date, and sets `lost`."""
 
     tools: Tools
     batch: BatchRecord
@@ -366,8 +366,8 @@ class BatchRun:
             raise Stopped
         return status
 
-    def say(self, call: Call[T] | Steps[T]) -> T:
-        assert isinstance(call, Call)  # a generator of steps could not be said again
+    def say(self, call: Call[T]) -> T:
+        """One call, not a generator of steps: that could not be said again."""
         return self.patiently(lambda: self.tools.ledger.run(call))
 
     def patiently(self, call: Callable[[], T]) -> T:

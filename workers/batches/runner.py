@@ -23,7 +23,7 @@ from inferfleet.workers import logs
 from inferfleet.workers.batches.orphans import OrphanSweep
 from inferfleet.workers.batches.run import BatchRun, Stopped, Tools
 from inferfleet.workers.cards import LIVES
-from inferfleet.workers.checks import check_buckets, check_redis, check_store
+from inferfleet.workers.checks import accept_redis, check_buckets, check_store
 
 log = logs.get("batches")
 
@@ -145,7 +145,7 @@ class BatchRunner:
 def run_batches(settings: Settings) -> None:
     """The role as a program, until a signal. Raises RedisMisconfigured, LedgerUnavailable, StoreUnavailable."""
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
-    check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
+    accept_redis(ledger, settings)
     check_store(settings, ledger)
     check_buckets(settings)
     store = open_store(settings, ledger)

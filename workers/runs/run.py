@@ -192,8 +192,7 @@ def answer_of(response: bytes | None, error: Mapping[str, Any] | None) -> dict[s
 
 def priority_of(job: JobRequest, terms: Terms) -> int:
     """The job's own word counts; where it has none, the message's. Both are lower-first."""
-    silent = {job.priority, job.body.priority, job.service_tier} == {None} and job.body.service_tier in (None, "auto")
-    return terms.priority if silent else job.effective_priority
+    return terms.priority if job.wished_priority is None else job.wished_priority
 
 
 def job_id_of(task_id: str) -> str:

@@ -22,7 +22,7 @@ from inferfleet.tasks.settings import Settings
 from inferfleet.workers import logs
 from inferfleet.workers.app import make_app
 from inferfleet.workers.cards import LIVES
-from inferfleet.workers.checks import check_redis
+from inferfleet.workers.checks import accept_redis
 from inferfleet.workers.webhooks.courier import Courier
 from inferfleet.workers.webhooks.figures import HookFigures
 from inferfleet.workers.webhooks.guard import Policy
@@ -105,9 +105,7 @@ def run_webhooks(settings: Settings, sender: Sender | None = None) -> int:
     """
     logs.configure(settings.log_level, settings.log_format)
     ledger = Ledger.from_url(settings.redis_url, settings.namespace)
-    _, complaints = check_redis(ledger, allow_unsafe=settings.allow_unsafe_redis)
-    for complaint in complaints:
-        log.warning("redis_unsafe", complaint=complaint)
+    accept_redis(ledger, settings)
     name = f"inferfleet-webhooks-{os.getpid()}-{uuid.uuid4().hex[:6]}@{socket.gethostname()}"
     figures = HookFigures(ledger, name, LIVES * settings.heartbeat_seconds)
     courier = Courier(
