@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -272,7 +273,7 @@ def async_errand(
     return method
 
 
-class Face:
+class Face(ABC):
     """What both clients hold. `models` may be submitted though no worker announces them yet.
 
     result_store, s3: as in the fleet's settings, for the files of jobs. Raises SettingsError for a place that is none,
@@ -297,8 +298,9 @@ class Face:
         self._bell = Doorbell(redis_url, namespace)
         self._open(redis_url, namespace)
 
+    @abstractmethod
     def _open(self, redis_url: str, namespace: str) -> None:
-        raise NotImplementedError
+        """Make the ledger and the store of files that the client's steps are carried to."""
 
 
 class Client(Face):
