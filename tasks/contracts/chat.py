@@ -104,6 +104,10 @@ class Message(Contract):
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
 
 class StreamOptions(Contract):
     include_usage: bool | None = None
