@@ -31,6 +31,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
+#: What a body has that is none of a chat -> where it goes.
+OTHER_BODIES = {"prompt": names.IMAGES_URL, "input": names.RESPONSES_URL}
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,12 @@ def as_job(request: JobRequest | Body | Mapping[str, Any]) -> JobRequest:
         return JobRequest.from_body(request)
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"a request is a JSON object, not {type(request).__name__}")
-    if "prompt" in request and not {"body", "messages"} & set(request):
-        hint = f'{{"url": "{names.IMAGES_URL}", "body": ...}}'
-        raise InvalidRequest(f"a body with a prompt and no messages needs its url around it: {hint}", param="messages")
+    for name, url in OTHER_BODIES.items():
+        if name in request and not {"body", "messages"} & set(request):
+            hint = f'{{"url": "{url}", "body": ...}}'
+            raise InvalidRequest(
+                f"a body with {name} and no messages needs its url around it: {hint}", param="messages"
+            )
     try:
         raw = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
