@@ -275,7 +275,7 @@ class Settings(BaseSettings):
 
 def local_url(host: str, port: int) -> str:
     """Where this machine reaches a server that listens there."""
-    name = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 

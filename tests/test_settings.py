@@ -3,7 +3,7 @@
 import pytest
 
 from inferfleet.tasks.errors import SettingsError
-from inferfleet.tasks.settings import ImageSettings, load_settings
+from inferfleet.tasks.settings import ImageSettings, load_settings, local_url
 from inferfleet.workers.host import engine_spec
 
 
@@ -135,3 +135,16 @@ def test_a_misspelt_image_setting_is_refused_with_the_nearest(bare):
     (bare / "inferfleet.toml").write_text('[models.flux]\npath = "/f"\n[models.flux.image]\nmax_batch = 1\n')
     with pytest.raises(SettingsError, match=r"models.flux.image.max_batch; did you mean max_batch_size"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("::1", "http://[::1]:80"),
+        ("a.test", "http://a.test:80"),
+    ],
+)
+def test_a_server_is_reached_from_its_own_machine_where_it_listens(host, url):
+    assert local_url(host, 80) == url

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from inferfleet.tasks.errors import Unavailable
-from inferfleet.tasks.settings import Settings, load_settings
+from inferfleet.tasks.settings import load_settings
 from inferfleet.workers.cli_http import SHORT, ApiClient
 from inferfleet.workers.cli_options import open_ledger
 from inferfleet.workers.cli_output import out
@@ -34,7 +34,7 @@ def health(role: Annotated[Role, typer.Argument(help="The role that should run o
     """
     settings = load_settings()
     if role is Role.api:
-        with ApiClient(own_api(settings), timeout=SHORT) as client:
+        with ApiClient(settings.local_api_url, timeout=SHORT) as client:
             client.request("GET", "/health")
     else:
         ledger = open_ledger(settings)
@@ -43,9 +43,3 @@ def health(role: Annotated[Role, typer.Argument(help="The role that should run o
         if socket.gethostname() not in {info.get("host") for info in alive.values()}:
             raise NotAlive(f"no {role.value} on {socket.gethostname()} said lately that it lives")
     out.print(f"{role.value} lives", markup=False)
-
-
-def own_api(settings: Settings) -> str:
-    """Where the API of these settings listens, seen from its own machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.api_host, settings.api_host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.api_port}"
