@@ -22,7 +22,7 @@ from inferfleet.tasks.errors import (
     InvalidRequest,
     OutputNotFound,
 )
-from inferfleet.tasks.files import UPLOAD_SECONDS, Part, as_fields
+from inferfleet.tasks.files import UPLOAD_SECONDS, Part, as_fields, read_parts
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -240,8 +240,7 @@ def results(batch_id: str, tenant: str | None = None) -> Call[Results]:
         if answer is None:
             raise BatchNotFound(param="batch_id")
         fields, parts, tail = answer
-        by_number = {int(n): Part(**json.loads(part)) for n, part in as_fields(parts).items()}
-        return Results(record(batch_id, fields), [by_number[n] for n in sorted(by_number)], tail)
+        return Results(record(batch_id, fields), read_parts(parts), tail)
 
     return Call("batch_results", (batch_id, opt(tenant)), parse)
 

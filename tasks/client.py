@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -30,6 +31,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
+#: What a body has that is none of a chat -> where it goes.
+OTHER_BODIES = {"prompt": names.IMAGES_URL, "input": names.RESPONSES_URL}
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ def as_job(request: JobRequest | Body | Mapping[str, Any]) -> JobRequest:
         return JobRequest.from_body(request)
     if not isinstance(request, Mapping):
         raise InvalidRequest(f"a request is a JSON object, not {type(request).__name__}")
-    if "prompt" in request and not {"body", "messages"} & set(request):
-        hint = f'{{"url": "{names.IMAGES_URL}", "body": ...}}'
-        raise InvalidRequest(f"a body with a prompt and no messages needs its url around it: {hint}", param="messages")
+    for name, url in OTHER_BODIES.items():
+        if name in request and not {"body", "messages"} & set(request):
+            hint = f'{{"url": "{url}", "body": ...}}'
+            raise InvalidRequest(
+                f"a body with {name} and no messages needs its url around it: {hint}", param="messages"
+            )
     try:
         raw = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -272,7 +278,7 @@ def async_errand(
     return method
 
 
-class Face:
+class Face(ABC):
     """What both clients hold. `models` may be submitted though no worker announces them yet.
 
     result_store, s3: as in the fleet's settings, for the files of jobs. Raises SettingsError for a place that is none,
@@ -297,8 +303,9 @@ class Face:
         self._bell = Doorbell(redis_url, namespace)
         self._open(redis_url, namespace)
 
+    @abstractmethod
     def _open(self, redis_url: str, namespace: str) -> None:
-        raise NotImplementedError
+        """Make the ledger and the store of files that the client's steps are carried to."""
 
 
 class Client(Face):

@@ -218,11 +218,12 @@ def sweep_files(limit: int = 100) -> Call[tuple[int, list[str]]]:
 def parts_of(shelf: str) -> Call[list[Part]]:
     """The parts of a shelf, in order."""
 
-    def parse(answer: Any) -> list[Part]:
-        by_number = {int(n): Part(**json.loads(part)) for n, part in as_fields(answer).items()}
-        return [by_number[n] for n in sorted(by_number)]
+    return Call("", ("HGETALL", Key(f"parts:{shelf}")), read_parts)
 
-    return Call("", ("HGETALL", Key(f"parts:{shelf}")), parse)
+
+def read_parts(answer: Any) -> list[Part]:
+    by_number = {int(n): Part(**json.loads(part)) for n, part in as_fields(answer).items()}
+    return [by_number[n] for n in sorted(by_number)]
 
 
 def needed(keys: Sequence[str]) -> Call[list[bool]]:

@@ -18,18 +18,20 @@ STATES: tuple[State, ...] = get_args(State)
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled", "expired", "incomplete"})
 
 #: What of a job's life a webhook may tell: its ends, and on request what comes before.
-WEBHOOK_WORDS = ("completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output")
+WebhookWord = Literal["completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output"]
+WEBHOOK_WORDS: tuple[WebhookWord, ...] = get_args(WebhookWord)
 #: What a job's webhook is told unless the job says what else.
 WEBHOOK_ENDS = WEBHOOK_WORDS[:5]
-#: What a batch's webhook may be told, and what the response of a job of RESPONSES_URL may end as: OpenAI's words.
-BATCH_ENDS = ("completed", "failed", "expired", "cancelled")
-RESPONSE_ENDS = ("completed", "failed", "cancelled", "incomplete")
-#: The event types that a webhook endpoint may ask for.
-WEBHOOK_EVENTS = (
-    *(f"job.{word}" for word in WEBHOOK_WORDS),
-    *(f"response.{word}" for word in RESPONSE_ENDS),
-    *(f"batch.{word}" for word in BATCH_ENDS),
-)
+#: What a batch's webhook may be told.
+BatchEnd = Literal["completed", "failed", "expired", "cancelled"]
+BATCH_ENDS: tuple[BatchEnd, ...] = get_args(BatchEnd)
+#: The event types that a webhook endpoint may ask for; responses and batches end in OpenAI's words.
+EventType = Literal[
+    "job.completed", "job.failed", "job.cancelled", "job.expired", "job.incomplete", "job.started", "job.progress",
+    "job.output", "response.completed", "response.failed", "response.cancelled", "response.incomplete",
+    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
+]  # fmt: skip
+WEBHOOK_EVENTS: tuple[EventType, ...] = get_args(EventType)
 
 DELTA = "response.output_text.delta"
 PROGRESS = "job.progress"
@@ -39,6 +41,8 @@ CHAT_URL = "/v1/chat/completions"
 RESPONSES_URL = "/v1/responses"
 IMAGES_URL = "/v1/images/generations"
 EDITS_URL = "/v1/images/edits"
+#: Where a body may go: what a job's url, and the endpoint of a batch, may be.
+JobUrl = Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"]
 RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
 OUTPUT_ID = re.compile(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}")
 

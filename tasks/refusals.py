@@ -22,11 +22,12 @@ def refusal(verdict: str, answer: Sequence[bytes | int]) -> FleetError:
         seconds = round(eta_ms / 1000, 3)
         message = f"at the present pace of its queue the job would start in {seconds:g} s, after its {param}"
         return DeadlineUnmeetable(message, param=param, facts={"eta_seconds": seconds})
-    limit, count, *more = (integer(number) for number in numbers)
+    limit, count, *rest = (integer(number) for number in numbers)
     if verdict == "beyond":
         message = f"the job counts {count} against the quota {what} of {limit}"
         return InvalidRequest(message, param=PARAMS.get(what, "body"), facts={"quota": what, "limit": limit})
-    wait = retry_after(1, more[0]) if more[0] is None else max(0.001, (more[0] or 0) / 1000)
+    (wait_ms,) = rest  # None: nobody knows when a job of the tenant will end
+    wait = retry_after(1, None) if wait_ms is None else max(0.001, wait_ms / 1000)
     message = f"the quota {what} of {limit} is used up: {count} are used"
     return QuotaExceeded(message, retry_after=wait, facts={"quota": what, "limit": limit, "used": count})
 

@@ -109,7 +109,7 @@ def input_items(request: ResponseRequest, job_id: str) -> list[dict[str, Any]]:
             "type": "message",
             "status": "completed",
             "role": message.role,
-            "content": [{"type": "output_text", "text": message.text, "annotations": [], "logprobs": []}]
+            "content": [text_part(message.text)]
             if message.role == "assistant"
             else [{"type": "input_text", "text": message.text}],
         }

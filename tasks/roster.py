@@ -29,7 +29,7 @@ def put_role(role: str, name: str, info: Mapping[str, Any], ttl_seconds: float) 
 
 def roles(role: str) -> Call[dict[str, dict[str, Any]]]:
     """The processes of a role that said so lately: name -> info."""
-    return Call("present", (f"role:{role}",), bodies)
+    return Call("present", (f"role:{role}", ""), bodies)
 
 
 def put_card(model: str, card: Mapping[str, Any], worker: str, ttl_seconds: float) -> Call[None]:

@@ -4,6 +4,7 @@ One row of lines serves the output file, the error file and the results so far, 
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 OUTPUT, ERROR = b"O", b"E"
 MARKS = {"output": OUTPUT, "error": ERROR}
@@ -32,5 +33,4 @@ def lines_of(data: bytes) -> Iterator[bytes]:
 
 def unmarked(data: bytes, start: int = 0, end: int | None = None) -> bytes:
     """Lines start to end of both files, without their marks."""
-    chosen = (line[1:] for number, line in enumerate(lines_of(data)) if number >= start and not (end and number >= end))
-    return b"".join(chosen)
+    return b"".join(line[1:] for line in islice(lines_of(data), max(0, start), end))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferfleet.tasks.call import Call, Steps, integer, opt, text, to_json
-from inferfleet.tasks.calls import MAX_PAGE
+from inferfleet.tasks.calls import ENTRIES_PER_SCAN, MAX_PAGE
 from inferfleet.tasks.errors import (
     DeliveryNotFound,
     EndpointDisabled,
@@ -27,7 +27,6 @@ SECRET_PREFIX = "whsec_"
 #: How long an old secret still signs beside the new one.
 ROTATION_MS = 86_400_000
 STATES = ("pending", "delivered", "failed")
-ENTRIES_PER_SCAN = 500
 
 ENDPOINT_FIELDS = ("name", "url", "events", "secret", "created_ms", "updated_ms")
 DELIVERY_FIELDS = (

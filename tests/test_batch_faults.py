@@ -268,8 +268,8 @@ def test_more_lines_than_a_batch_may_have_are_refused():
 def test_a_shelf_shows_both_files_and_any_stretch_of_lines():
     data = marked(b"1", output=True) + marked(b"2", output=False) + marked(b"3", output=True)
     assert (selected(data, "output"), selected(data, "error"), selected(b"raw", "")) == (b"1\n3\n", b"2\n", b"raw")
-    assert [unmarked(data), unmarked(data, 1), unmarked(data, 0, 2), unmarked(data, -5, 1)] == [
-        b"1\n2\n3\n", b"2\n3\n", b"1\n2\n", b"1\n"
+    assert [unmarked(data), unmarked(data, 1), unmarked(data, 0, 2), unmarked(data, -5, 1), unmarked(data, 0, 0)] == [
+        b"1\n2\n3\n", b"2\n3\n", b"1\n2\n", b"1\n", b""
     ]  # fmt: skip
 
 

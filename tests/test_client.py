@@ -111,6 +111,13 @@ def test_the_same_idempotency_key_gives_the_same_job_and_no_second_turn(client, 
         client.submit(CHAT | {"n": 2}, idempotency_key="k")
 
 
+@pytest.mark.parametrize(("field", "url"), [("prompt", names.IMAGES_URL), ("input", names.RESPONSES_URL)])
+def test_a_bare_body_of_another_kind_than_a_chat_is_told_the_url_that_it_needs(client, field, url):
+    with pytest.raises(InvalidRequest) as caught:
+        client.submit({"model": "m", field: "a red circle"})
+    assert (caught.value.param, f'"url": "{url}"' in caught.value.message) == ("messages", True)
+
+
 IMAGE = {"url": names.IMAGES_URL, "body": {"model": "m", "prompt": "a red circle"}}
 PICTURES = [b"first picture", b"second picture"]
 

@@ -119,6 +119,14 @@ def test_a_model_whose_workers_fell_silent_is_remembered_for_a_while_as_unserved
     assert ledger.redis.hlen(f"{ledger.prefix}cards:model") == 0
 
 
+def test_of_processes_that_fell_silent_none_is_told_however_many_they_are(ledger):
+    names = [f"dead{number}" for number in range(201)]  # more than one call forgets
+    for name in ("b", *names):
+        ledger.put_role("batches", name, {"host": "h"}, 60)
+    ledger.redis.zadd(f"{ledger.prefix}here:role:batches", dict.fromkeys(names, 0))
+    assert ledger.roles("batches") == {"b": {"host": "h"}}
+
+
 def test_api_keys_are_found_by_their_digest_until_deleted(ledger):
     ledger.put_key("digest1", "a", "laptop")
     ledger.put_key("digest2", "b", "ci")

@@ -443,6 +443,7 @@ def test_what_waits_for_a_deleted_endpoint_fails(ledger):
     assert take(ledger) is None
     assert take(ledger) is None
     assert {(each.state, each.last_error) for each in deliveries(ledger)} == {("failed", "endpoint_deleted")}
+    assert all(each.ended_ms for each in deliveries(ledger))
     with pytest.raises(EndpointNotFound):
         ledger.replay_delivery(deliveries(ledger)[0].id, "a")
 

@@ -255,6 +255,13 @@ def test_many_waiting_lines_are_worth_few_rings(ledger):
     [
         (names.CHAT_URL, {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 50}, 150, 150, "x" * 400),
         (names.CHAT_URL, {"messages": [{"role": "user", "content": "x"}], "n": 2}, 1024, 1024, "x"),
+        (
+            names.CHAT_URL,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 20}] * 2}], "max_tokens": 50},
+            60,
+            60,
+            "x" * 40,
+        ),
         (names.RESPONSES_URL, {"input": "hi", "instructions": "be kind", "max_output_tokens": 5}, 7, 7, "be kind"),
         (names.IMAGES_URL, {"prompt": "a cat", "size": "512x256", "num_inference_steps": 4}, 513, 2048, "a cat"),
         (names.IMAGES_URL, {"prompt": "a", "loras": [{"name": "ink"}], "n": 2}, 8192, 229376, "ink:1"),

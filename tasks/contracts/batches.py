@@ -29,13 +29,11 @@ WINDOW_UNITS = {"m": 60, "h": 3600, "d": 86400}
 MAX_WINDOW = 30 * 86400
 MAX_LINES = 50_000
 
-#: What lines of a batch may ask for.
-BatchEndpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"]
 S3_SCHEME = "s3://"
 #: For the document alone: the parsers say better what is wrong, and more.
 S3_SHAPE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)"
 BatchWords = Annotated[
-    list[Literal["completed", "failed", "expired", "cancelled"]],
+    list[names.BatchEnd],
     Field(min_length=1, max_length=len(names.BATCH_ENDS), json_schema_extra=NO_TWINS),
 ]
 CustomId = Annotated[str, Field(min_length=1, max_length=512)]
@@ -62,7 +60,8 @@ class BatchRequest(Contract):
     input_file_id: Annotated[
         str, Field(max_length=MAX_S3_CHARS, json_schema_extra={"pattern": f"^({FILE_ID.pattern}|{S3_SHAPE}+)$"})
     ]
-    endpoint: BatchEndpoint
+    #: What its lines ask for.
+    endpoint: names.JobUrl
     #: "24h", or any whole number of minutes, hours or days up to 30 days.
     completion_window: Annotated[str, Field(max_length=8, json_schema_extra={"pattern": f"^{WINDOW.pattern}$"})]
     metadata: Metadata | None = None

@@ -93,5 +93,4 @@ def check_slice(name: str | None, slices: Sequence[str] | None) -> None:
 
 
 def text_bytes(message: Message) -> int:
-    parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
-    return sum(len(part.encode()) for part in parts)
+    return len(message.text.encode())

@@ -104,6 +104,10 @@ class Message(Contract):
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
 
 class StreamOptions(Contract):
     include_usage: bool | None = None
@@ -127,11 +131,10 @@ class TemplateKwargs(Contract):
     enable_thinking: bool | None = None
 
 
-class ChatCompletionRequest(QueueOptions):
-    """The body of POST /v1/chat/completions, with vLLM's sampling extras and the queue's options."""
+class SampledText(QueueOptions):
+    """What every body that asks for text may say of how it is made: OpenAI's sampling, vLLM's extras."""
 
     model: ModelName
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     #: 0 = all tokens.
@@ -143,18 +146,10 @@ class ChatCompletionRequest(QueueOptions):
     #: Token ids (as text, JSON has no other keys) -> -100..100.
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     user: User | None = None
     #: Taken and without effect: equal prefixes are found without a key.
@@ -162,11 +157,6 @@ class ChatCompletionRequest(QueueOptions):
     safety_identifier: Ignored | None = None
     #: Which slice of a MatFormer answers; None = what the worker's settings say.
     matformer_slice: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_unserved(cls, body: Any) -> Any:
-        return served(body, UNSERVED)
 
     @field_validator("logit_bias")
     @classmethod
@@ -177,6 +167,25 @@ class ChatCompletionRequest(QueueOptions):
         if len({int(key) for key in bias or {}}) < len(bias or {}):
             raise refused("logit_bias names one token twice")
         return bias
+
+
+class ChatCompletionRequest(SampledText):
+    """The body of POST /v1/chat/completions, with the queue's options."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unserved(cls, body: Any) -> Any:
+        return served(body, UNSERVED)
 
     @model_validator(mode="after")
     def fields_agree(self) -> "ChatCompletionRequest":

@@ -33,11 +33,10 @@ UnixSeconds = Annotated[float, Field(ge=0, le=MAX_UNIX_SECONDS)]
 Priority = Annotated[int, Field(ge=-100, le=100, description="lower runs first")]
 Timeout = Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)]
 Tier = Literal["auto", "default", "flex", "priority"]
-WebhookWord = Literal["completed", "failed", "cancelled", "expired", "incomplete", "started", "progress", "output"]
 #: For the document: `named_once` refuses them.
 NO_TWINS: JsonDict = {"uniqueItems": True}
 WebhookWords = Annotated[
-    list[WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS), json_schema_extra=NO_TWINS)
+    list[names.WebhookWord], Field(min_length=1, max_length=len(names.WEBHOOK_WORDS), json_schema_extra=NO_TWINS)
 ]
 User = Annotated[str, Field(max_length=512)]
 #: Taken for the sake of clients that send it.

@@ -29,9 +29,7 @@ class JobRequest(QueueOptions):
 
     custom_id: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     method: Literal["POST"] = "POST"
-    url: Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"] = (
-        "/v1/chat/completions"
-    )
+    url: names.JobUrl = "/v1/chat/completions"
     #: Of the class that belongs to the url.
     body: Body
     #: Seconds that the job may wait before its first start.

@@ -15,23 +15,15 @@ from inferfleet.tasks.contracts.chat import (
     EITHER,
     MAX_MESSAGES,
     MAX_PARTS,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TOKEN_ID,
     MAX_TOKENS,
     ChatCompletionRequest,
-    LogitBias,
     ResponseFormat,
-    Stop,
-    TemplateKwargs,
-    TokenId,
+    SampledText,
 )
 from inferfleet.tasks.contracts.contract import (
-    MAX_SEED,
     Contract,
     Ignored,
-    ModelName,
     QueueOptions,
-    User,
     described,
     refused,
     served,
@@ -113,10 +105,9 @@ class ObfuscationOptions(Contract):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(QueueOptions):
+class ResponseRequest(SampledText):
     """The body of POST /v1/responses."""
 
-    model: ModelName
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag("<string>")]
         | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES - 1), Tag("<list>")],
@@ -131,28 +122,7 @@ class ResponseRequest(QueueOptions):
     #: false: the response is forgotten once it has been answered. Not in the background.
     store: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextOptions | None = None
-    user: User | None = None
-    #: Taken and without effect: equal prefixes are found without a key.
-    prompt_cache_key: Ignored | None = None
-    safety_identifier: Ignored | None = None
-
-    # The chat body's own extras, under the same names.
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: LogitBias | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: Stop | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    matformer_slice: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +136,7 @@ class ResponseRequest(QueueOptions):
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options needs stream = true", "stream_options")
         try:
-            self.chat()  # what fields mean together (logit_bias, min_tokens) is the chat body's business
+            self.chat()  # what fields mean together (min_tokens, max_output_tokens) is the chat body's business
         except ValidationError as error:
             complaint = described(error)
             raise refused(complaint.message, OWN_NAMES.get(complaint.param or "", complaint.param)) from None
@@ -179,13 +149,11 @@ class ResponseRequest(QueueOptions):
 
     def chat(self) -> ChatCompletionRequest:
         """The same as a chat body, which is what a worker carries."""
-        own = {"model", "temperature", "top_p", "user", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-               "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
-               "chat_template_kwargs", "matformer_slice"}  # fmt: skip
         messages = [{"role": message.role, "content": message.text} for message in self.messages]
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        same = self.model_dump(include=own, exclude_none=True)
+        shared = SampledText.model_fields.keys() - QueueOptions.model_fields.keys()
+        same = self.model_dump(include=shared, exclude_none=True)
         return ChatCompletionRequest.model_validate(
             {**same, "messages": messages, "max_completion_tokens": self.max_output_tokens}
         )

@@ -10,13 +10,8 @@ from inferfleet.tasks.hook_url import MAX_URL_CHARS
 
 Url = Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
-EventType = Literal[
-    "job.completed", "job.failed", "job.cancelled", "job.expired", "job.incomplete", "job.started", "job.progress",
-    "job.output", "response.completed", "response.failed", "response.cancelled", "response.incomplete",
-    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
-]  # fmt: skip
 EventTypes = Annotated[
-    list[EventType], Field(min_length=1, max_length=len(names.WEBHOOK_EVENTS), json_schema_extra=NO_TWINS)
+    list[names.EventType], Field(min_length=1, max_length=len(names.WEBHOOK_EVENTS), json_schema_extra=NO_TWINS)
 ]
 
 
@@ -54,4 +49,4 @@ class SecretRotation(Contract):
 class EndpointTest(Contract):
     """An event to try an endpoint with."""
 
-    event_type: EventType
+    event_type: names.EventType

@@ -26,7 +26,7 @@ def work_of(body: ChatCompletionRequest | ResponseRequest | ImageRequest) -> Wor
         return picture_work(body)
     if isinstance(body, ResponseRequest):
         body = body.chat()
-    texts = [str(message.get("content", "")) for message in body.plain_messages()]
+    texts = [message.text for message in body.messages]
     answer = (body.n or 1) * (body.token_limit or ANSWER_TOKENS)
     tokens = sum(map(len, texts)) // CHARS_PER_TOKEN + answer
     return Work(tokens=tokens, cost=tokens, affinity=texts[0][:PREFIX_CHARS])

@@ -1,7 +1,7 @@
 -- A tenant's files. At most `scan` index entries a call.
 -- ARGV: tenant, purpose ('' = any), after (id; '' = start), cursor (seq; '' = none), limit, scan, order (asc | desc)
 -- Answers nil (after is unknown) | {cursor to go on from or '', {id, fields}, ...}
-local index, limit, from = P .. 'files:' .. ARGV[1], tonumber(ARGV[5]), ARGV[4]
+local index, from = P .. 'files:' .. ARGV[1], ARGV[4]
 if from == '' and ARGV[3] ~= '' then
   from = redis.call('ZSCORE', index, ARGV[3])
   if not from then return false end
@@ -13,16 +13,8 @@ if ARGV[7] == 'asc' then
 else
   entries = redis.call('ZREVRANGEBYSCORE', index, bound, '-inf', 'WITHSCORES', 'LIMIT', 0, ARGV[6])
 end
-local answer = {''}
-for i = 1, #entries, 2 do
-  local key = P .. 'file:' .. entries[i]
-  if ARGV[2] == '' or redis.call('HGET', key, 'purpose') == ARGV[2] then
-    answer[#answer + 1] = {entries[i], redis.call('HGETALL', key)}
-  end
-  if #answer > limit then
-    answer[1] = entries[i + 1]
-    return answer
-  end
-end
-if #entries == 2 * tonumber(ARGV[6]) then answer[1] = entries[#entries] end
-return answer
+return page_of(entries, tonumber(ARGV[5]), tonumber(ARGV[6]), function(id)
+  local key = P .. 'file:' .. id
+  local matches = ARGV[2] == '' or redis.call('HGET', key, 'purpose') == ARGV[2]
+  return matches and {id, redis.call('HGETALL', key)} or nil
+end)

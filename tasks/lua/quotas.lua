@@ -17,8 +17,12 @@ local function limits_of(tenant)
   return json and cjson.decode(json) or {}
 end
 
+local function room_for(job, limit)
+  return job.batch ~= '' and limit / 2 or limit
+end
+
 local function fits(job, used, amount, limit)
-  return used + amount <= (job.batch ~= '' and limit / 2 or limit) or (used == 0 and amount <= limit)
+  return used + amount <= room_for(job, limit) or (used == 0 and amount <= limit)
 end
 
 local function used_now(tenant, rate, limit)
@@ -58,8 +62,7 @@ local function refused_by_quota(job, limits, amounts)
     local limit, amount = limits[rate.name], amounts[rate.name]
     if limit then
       local used = used_now(job.tenant, rate, limit)
-      local room = job.batch ~= '' and limit / 2 or limit
-      local wait_ms = math.min(used, used + amount - room) * rate.period_ms / limit
+      local wait_ms = math.min(used, used + amount - room_for(job, limit)) * rate.period_ms / limit
       local answer = refusal(job, rate.name, used, amount, limit, whole(math.ceil(wait_ms)))
       if answer then return answer end
     end

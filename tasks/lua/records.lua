@@ -63,6 +63,22 @@ local function load_for(id, tenant)
   return job
 end
 
+-- One page of a list. `entries`: members and scores as the index gave them, at most `scan` members; `show` answers what
+-- is said of a member, or nil where it does not match.
+-- Answers {score to go on from or '', what is said of each}
+local function page_of(entries, limit, scan, show)
+  local page = {''}
+  for i = 1, #entries, 2 do
+    page[#page + 1] = show(entries[i])
+    if #page > limit then
+      page[1] = entries[i + 1]
+      return page
+    end
+  end
+  if #entries == 2 * scan then page[1] = entries[#entries] end
+  return page
+end
+
 local function held(job, fence)
   return (job.state == 'in_progress' or job.state == 'cancelling') and job.fence == fence
 end

@@ -64,7 +64,8 @@ for _ = 1, 32 do
       rescore(receiver)
       return given
     end
-    redis.call('HSET', P .. 'delivery:' .. id, 'state', 'failed', 'last_error', 'endpoint_deleted')
+    redis.call('HSET', P .. 'delivery:' .. id, 'state', 'failed', 'last_error', 'endpoint_deleted',
+      'ended_ms', whole(NOW))
   end
   rescore(receiver)
 end
