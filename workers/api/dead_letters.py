@@ -8,8 +8,8 @@ from starlette.responses import Response
 from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.workers.api import openapi_dead
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.jobs import JOB_ID, JobId, known_id, only_known_parameters
-from inferfleet.workers.api.parameters import query_id
+from inferfleet.workers.api.jobs import JOB_ID, JobId, known_id
+from inferfleet.workers.api.parameters import only_known_parameters, query_id
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Use
 from inferfleet.workers.api.showing import job_response, shown

@@ -18,7 +18,7 @@ from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.door import sealed
-from inferfleet.workers.api.parameters import path_id, query_id
+from inferfleet.workers.api.parameters import path_id, query_id, refuse_unknown
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
@@ -30,12 +30,9 @@ JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 
-def only_known_parameters(request: Request) -> None:
-    """A misspelt filter must not silently show everything."""
-    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
-    for name in request.query_params:
-        if name not in known and not (METADATA.fullmatch(name) and "model" in known):
-            raise InvalidRequest(f"unknown query parameter {name[:100]!r}", param=name[:100])
+def only_known_filters(request: Request) -> None:
+    """The list takes any `metadata[KEY]` too."""
+    refuse_unknown(request, METADATA if request.scope["endpoint"] is list_jobs else None)
 
 
 def known_id(job_id: Annotated[str, path_id(JOB_ID.pattern)]) -> str:
@@ -46,7 +43,7 @@ def known_id(job_id: Annotated[str, path_id(JOB_ID.pattern)]) -> str:
 
 
 JobId = Annotated[str, Depends(known_id)]
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(only_known_parameters)])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(only_known_filters)])
 
 
 @router.post("", status_code=202, openapi_extra=openapi.CREATE_JOB)

@@ -1,5 +1,6 @@
 """Parameters of paths and queries: what a route does not know is refused; what ids look like, for the document."""
 
+import re
 from typing import Any
 
 from fastapi import Path, Query, Request
@@ -19,7 +20,12 @@ def query_id(pattern: str, description: str = "the last id of the page before") 
 
 def only_known_parameters(request: Request) -> None:
     """A misspelt filter must not silently show everything."""
+    refuse_unknown(request)
+
+
+def refuse_unknown(request: Request, besides: re.Pattern[str] | None = None) -> None:
+    """Raises InvalidRequest. besides: names that the route does not declare and reads all the same."""
     known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
     for name in request.query_params:
-        if name not in known:
+        if name not in known and not (besides and besides.fullmatch(name)):
             raise InvalidRequest(f"unknown query parameter {name[:100]!r}", param=name[:100])

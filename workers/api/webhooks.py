@@ -17,8 +17,8 @@ from inferfleet.workers.api import openapi_webhooks as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.batches import known_batch
 from inferfleet.workers.api.body import read_contract
-from inferfleet.workers.api.jobs import JOB_ID, known_id, only_known_parameters
-from inferfleet.workers.api.parameters import path_id, query_id
+from inferfleet.workers.api.jobs import JOB_ID, known_id
+from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.responses import json_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.webhooks.guard import Policy
