@@ -20,10 +20,10 @@ from inferfleet.tasks.shelf import unmarked
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
-from inferfleet.workers.api.files import chained, listed
+from inferfleet.workers.api.files import chained
 from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.webhooks.guard import Policy
 
@@ -87,7 +87,7 @@ async def list_batches(
     if after is not None:
         known_batch(after)
     found, has_more = await use.ledger.run(batches.list_batches(tenant, after, limit))
-    return json_response(listed([batch_object(record) for record in found], has_more))
+    return page_response([batch_object(record) for record in found], has_more)
 
 
 @router.get("/{batch_id}", openapi_extra=docs.GET_BATCH)

@@ -10,7 +10,7 @@ from inferfleet.workers.api import openapi_dead
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.jobs import JOB_ID, JobId, known_id
 from inferfleet.workers.api.parameters import only_known_parameters, query_id
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Use
 from inferfleet.workers.api.showing import job_response, shown
 
@@ -31,8 +31,7 @@ async def list_dead_letters(
         known_id(after)
     page = await use.ledger.dead_letters(tenant, model, after, limit)
     data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
-    ends = {"first_id": page.first_id, "last_id": page.last_id, "has_more": page.has_more}
-    return json_response({"object": "list", "data": data, **ends})
+    return page_response(data, page.has_more)
 
 
 @router.get("/{job_id}", openapi_extra=openapi_dead.GET)

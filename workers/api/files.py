@@ -1,6 +1,6 @@
 """/v1/files: OpenAI's files, uploaded and read as streams; their bytes lie in the store, in parts."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from inferfleet.tasks.shelf import selected
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.upload import Upload
 from inferfleet.workers.api.waiting import CLIENT_LEFT
@@ -62,7 +62,7 @@ async def list_files(
     if after is not None:
         known_file(after)
     page = await use.ledger.run(files.list_files(tenant, purpose, after, min(limit, files.MAX_FILES_PAGE), order))
-    return json_response(listed([file_object(record) for record in page.files], page.has_more))
+    return page_response([file_object(record) for record in page.files], page.has_more)
 
 
 @router.get("/{file_id}", openapi_extra=docs.GET_FILE)
@@ -111,12 +111,6 @@ def file_object(record: FileRecord) -> dict[str, Any]:
         "status": "processed",
         "status_details": None,
     }
-
-
-def listed(data: list[dict[str, Any]], has_more: bool) -> Mapping[str, Any]:
-    """OpenAI's page."""
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": data, **ends, "has_more": has_more}
 
 
 async def _content(use: Services, record: FileRecord) -> AsyncIterator[bytes]:

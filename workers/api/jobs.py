@@ -20,7 +20,7 @@ from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.door import sealed
 from inferfleet.workers.api.parameters import path_id, query_id, refuse_unknown
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.showing import accepted_response, answer_response, job_response, shown
 from inferfleet.workers.api.sse import KEEP_ALIVE, EventStream, frame
@@ -90,8 +90,7 @@ async def list_jobs(
         known_id(after)
     page = await use.ledger.list(tenant, status, model, metadata or None, after, limit)
     data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
-    ends = {"first_id": page.first_id, "last_id": page.last_id, "has_more": page.has_more}
-    return json_response({"object": "list", "data": data, **ends})
+    return page_response(data, page.has_more)
 
 
 @router.get("/{job_id}", openapi_extra=openapi.GET_JOB)

@@ -19,7 +19,7 @@ from inferfleet.workers.api.batches import known_batch
 from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.jobs import JOB_ID, known_id
 from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.webhooks.guard import Policy
 
@@ -76,7 +76,7 @@ async def list_endpoints(
         if after not in ids:
             raise EndpointNotFound("after names no webhook endpoint of this tenant", param="after")
         found = found[ids.index(after) + 1 :]
-    return _page([_shown(endpoint) for endpoint in found[:limit]], len(found) > limit)
+    return page_response([_shown(endpoint) for endpoint in found[:limit]], len(found) > limit)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}", openapi_extra=docs.GET)
@@ -166,10 +166,10 @@ async def list_deliveries(
         if given is not None:
             check(given)
     if job_id is not None and batch_id is not None:
-        return _page([], has_more=False)  # no event tells of both
+        return page_response([], has_more=False)  # no event tells of both
     subject = job_id or batch_id
     found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, subject, status, after, limit)
-    return _page([_delivery(delivery) for delivery in found], more)
+    return page_response([_delivery(delivery) for delivery in found], more)
 
 
 @router.get("/webhook_deliveries/{delivery_id}", openapi_extra=docs.GET_DELIVERY)
@@ -201,11 +201,6 @@ async def _until_ended(use: Services, delivery_id: str, tenant: str) -> Delivery
             return delivery
     except TimeoutError:
         raise NoWebhookWorker(retry_after=TEST_WAIT_SECONDS) from None
-
-
-def _page(data: list[dict[str, Any]], has_more: bool) -> Response:
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return json_response({"object": "list", "data": data, **ends, "has_more": has_more})
 
 
 def _shown(endpoint: Endpoint) -> dict[str, Any]:
