@@ -7,10 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from inferfleet.tasks import batches, files, names, strict_json
+from inferfleet.tasks import batches, files, names
 from inferfleet.tasks.batches import BatchRecord, Idempotency, Results
 from inferfleet.tasks.calls import check_idempotency_key, idempotency_digest
-from inferfleet.tasks.contracts import validated
 from inferfleet.tasks.contracts.batches import MAX_LINES, BatchRequest, RetryRequest, window_seconds
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID
 from inferfleet.tasks.errors import BatchNotFound, OutputNotFound, UrlNotAllowed
@@ -19,7 +18,7 @@ from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.shelf import unmarked
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.files import chained
 from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
@@ -48,7 +47,7 @@ BatchId = Annotated[str, Depends(known_batch)]
 async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
     """Run the lines of an uploaded file. Sent again by the OpenAI SDK after a lost answer, or under the same
     Idempotency-Key, it is still one batch."""
-    asked = await read_contract(request, use.settings.max_body_bytes, _parse_batch)
+    asked = await read_contract(request, use.settings.max_body_bytes, parser(BatchRequest))
     check_places(use.settings, tenant, asked)
     if asked.webhook is not None and not ENDPOINT_ID.fullmatch(asked.webhook):
         Policy.of(use.settings).url(asked.webhook)
@@ -109,7 +108,7 @@ async def retry_batch(request: Request, batch_id: BatchId, tenant: Tenant, use: 
 
     The first one and its files stay as they are.
     """
-    asked = await read_contract(request, use.settings.max_body_bytes, _parse_retry)
+    asked = await read_contract(request, use.settings.max_body_bytes, parser(RetryRequest))
     parent = await use.ledger.run(batches.get(batch_id, tenant))
     digest = body_digest(f"retry {batch_id}", asked.model_dump_json())
     retry_id, replayed = await use.ledger.run(
@@ -231,14 +230,6 @@ def idempotency_of(request: Request, tenant: str, digest: str) -> Idempotency | 
 def body_digest(verb: str, body: str) -> str:
     """What a repeat must agree in."""
     return hashlib.sha256(f"{verb}\n{body}".encode()).hexdigest()
-
-
-def _parse_batch(raw: bytes) -> BatchRequest:
-    return validated(BatchRequest, strict_json.loads(raw))
-
-
-def _parse_retry(raw: bytes) -> RetryRequest:
-    return validated(RetryRequest, strict_json.loads(raw))
 
 
 async def _result_lines(use: Services, found: Results, offset: int, last: int) -> AsyncIterator[bytes]:

@@ -8,15 +8,15 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from inferfleet.tasks import names, strict_json
+from inferfleet.tasks import names
 from inferfleet.tasks.calls import MAX_PAGE, MAX_PLACE
-from inferfleet.tasks.contracts import JobRequest, parse_job, validated
+from inferfleet.tasks.contracts import JobRequest, parse_job
 from inferfleet.tasks.errors import FleetError, InvalidRequest, JobNotFound, NotTerminal
 from inferfleet.tasks.records import Event
 from inferfleet.workers.api import openapi
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.door import sealed
 from inferfleet.workers.api.parameters import path_id, query_id, refuse_unknown
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
@@ -141,7 +141,7 @@ async def cancel_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) 
 @router.patch("/{job_id}", openapi_extra=openapi.PATCH_JOB)
 async def update_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) -> Response:
     """Change the priority (lower runs first) or the deadline of a job that waits."""
-    change = await read_contract(request, use.settings.max_body_bytes, _parse_update)
+    change = await read_contract(request, use.settings.max_body_bytes, parser(openapi.JobUpdate))
     if change.priority is None and change.deadline is None:
         raise InvalidRequest("give priority, deadline or both", param="priority")
     deadline_ms = None if change.deadline is None else round(change.deadline * 1000)
@@ -178,10 +178,6 @@ async def _read_job(request: Request, use: Services) -> JobRequest:
     job = await read_contract(request, use.settings.max_body_bytes, parse_job)
     await use.door.check(job.body)
     return job
-
-
-def _parse_update(raw: bytes) -> openapi.JobUpdate:
-    return validated(openapi.JobUpdate, strict_json.loads(raw))
 
 
 def _last_event_id(request: Request) -> int:

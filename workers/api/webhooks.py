@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from inferfleet.tasks import batches, names, strict_json, webhooks
+from inferfleet.tasks import batches, names, webhooks
 from inferfleet.tasks.calls import MAX_PAGE
-from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation, validated
+from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID, C
 from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, NoWebhookWorker, ReceiverFailed
 from inferfleet.tasks.webhooks import Delivery, Endpoint
 from inferfleet.workers.api import openapi_webhooks as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.batches import known_batch
-from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.jobs import JOB_ID, known_id
 from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.responses import json_response, page_response
@@ -186,10 +186,7 @@ async def replay_delivery(delivery_id: DeliveryId, tenant: Tenant, use: Use) -> 
 
 
 async def _read(request: Request, contract: type[C]) -> C:
-    def parse(raw: bytes) -> C:
-        return validated(contract, strict_json.loads(raw))
-
-    return await read_contract(request, MAX_BODY_BYTES, parse)
+    return await read_contract(request, MAX_BODY_BYTES, parser(contract))
 
 
 async def _until_ended(use: Services, delivery_id: str, tenant: str) -> Delivery:
