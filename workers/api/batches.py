@@ -9,9 +9,8 @@ from starlette.responses import Response, StreamingResponse
 
 from inferfleet.tasks import batches, files, names
 from inferfleet.tasks.batches import BatchRecord, Idempotency, Results
-from inferfleet.tasks.calls import check_idempotency_key, idempotency_digest
+from inferfleet.tasks.calls import idempotency_digest
 from inferfleet.tasks.contracts.batches import MAX_LINES, BatchRequest, RetryRequest, window_seconds
-from inferfleet.tasks.contracts.contract import ENDPOINT_ID
 from inferfleet.tasks.errors import BatchNotFound, OutputNotFound, UrlNotAllowed
 from inferfleet.tasks.s3_url import lies_in
 from inferfleet.tasks.settings import Settings
@@ -24,7 +23,6 @@ from inferfleet.workers.api.parameters import only_known_parameters, path_id, qu
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
 from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
-from inferfleet.workers.webhooks.guard import Policy
 
 router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
 
@@ -49,8 +47,7 @@ async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
     Idempotency-Key, it is still one batch."""
     asked = await read_contract(request, use.settings.max_body_bytes, parser(BatchRequest))
     check_places(use.settings, tenant, asked)
-    if asked.webhook is not None and not ENDPOINT_ID.fullmatch(asked.webhook):
-        Policy.of(use.settings).url(asked.webhook)
+    use.door.check_webhook(asked.webhook)
     keep = asked.output_expires_after.seconds if asked.output_expires_after else files.DEFAULT_SECONDS
     digest = body_digest("batch", asked.model_dump_json())
     batch_id, replayed = await use.ledger.run(
@@ -219,7 +216,6 @@ def idempotency_of(request: Request, tenant: str, digest: str) -> Idempotency | 
     """How a repeat of this POST is known: by the caller's key, or by what the OpenAI SDK counts."""
     key, tries = read_idempotency_key(request.headers), read_retry_count(request.headers)
     if key is not None:
-        check_idempotency_key(key, "Idempotency-Key")
         return Idempotency(idempotency_digest(tenant, f"batches:{key}"), look=True, ttl_ms=None)
     if tries is not None:
         digest = idempotency_digest(tenant, f"batches:sdk:{digest}")
