@@ -1,7 +1,6 @@
 """/v1/files: OpenAI's files, uploaded and read as streams; their bytes lie in the store, in parts."""
 
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -10,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from inferfleet.tasks import files
-from inferfleet.tasks.errors import FileNotFound, LedgerUnavailable, StoreUnavailable
+from inferfleet.tasks.errors import FileNotFound
 from inferfleet.tasks.files import FileRecord
 from inferfleet.tasks.shelf import selected
 from inferfleet.workers.api import openapi_files as docs
@@ -18,7 +17,7 @@ from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
 from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
-from inferfleet.workers.api.upload import Upload
+from inferfleet.workers.api.upload import Upload, forget
 from inferfleet.workers.api.waiting import CLIENT_LEFT
 
 router = APIRouter(prefix="/v1/files", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
@@ -87,15 +86,9 @@ async def file_content(file_id: FileId, tenant: Tenant, use: Use) -> Response:
 @router.delete("/{file_id}", openapi_extra=docs.DELETE_FILE)
 async def delete_file(file_id: FileId, tenant: Tenant, use: Use) -> Response:
     """Forget a file. One that a batch still reads is refused."""
-    await forget(use, await use.ledger.run(files.delete_file(file_id, tenant)))
+    dropped = await use.ledger.run(files.delete_file(file_id, tenant))
+    await forget(use, dropped)
     return json_response({"id": file_id, "object": "file", "deleted": True})
-
-
-async def forget(use: Services, keys: list[str]) -> None:
-    """Let the store forget parts that nobody needs. What it does not hear of now, its janitor finds later."""
-    with suppress(LedgerUnavailable, StoreUnavailable):
-        if keys and not use.store.in_ledger:
-            await use.store.forget(keys)
 
 
 def file_object(record: FileRecord) -> dict[str, Any]:
