@@ -1,6 +1,7 @@
 """Decoding steps in rounded sizes, as recorded graphs need them; on a CPU without the graph."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from tiny_engine import VOCAB, greedy, run, seeded, tiny_engine
 
 from inferfleet.engine import replay
 from inferfleet.engine.errors import OutOfMemory
+from inferfleet.engine.group import ALONE
+from inferfleet.engine.loader import EngineSpec, _can_replay
 from inferfleet.engine.offline import LLM
 from inferfleet.engine.replay import Replay, rounded_blocks, rounded_rows
+from inferfleet.kernels import on_cuda
 
 
 class Rehearsal(Replay):
@@ -81,6 +85,13 @@ def test_sizes_are_rounded_up_and_never_beyond_what_an_engine_has(tmp_path):
         engine.add(str(number), ids, greedy(8))
     run(engine)
     assert set(engine.replay.shapes) == {(5, 6)}
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_steps_are_recorded_only_where_the_kernels_run(monkeypatch, has_triton):
+    monkeypatch.setattr(on_cuda, "has_triton", lambda: has_triton)
+    loaded = SimpleNamespace(device=torch.device("cuda"), group=ALONE, model=SimpleNamespace(can_replay=True))
+    assert _can_replay(loaded, EngineSpec(path="")) is has_triton
 
 
 def on_gpu(folder, **settings):
