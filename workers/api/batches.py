@@ -19,7 +19,7 @@ from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.files import chained
-from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, path_id, query_id
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
 from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
@@ -80,8 +80,7 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
     """The caller's batches, newest first."""
-    if after is not None:
-        known_batch(after)
+    check_after(after, batches.BATCH_ID, BatchNotFound)
     found, has_more = await use.ledger.run(batches.list_batches(tenant, after, limit))
     return page_response([batch_object(record) for record in found], has_more)
 

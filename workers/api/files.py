@@ -14,7 +14,7 @@ from inferfleet.tasks.files import FileRecord
 from inferfleet.tasks.shelf import selected
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, path_id, query_id
 from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.upload import Upload, forget
@@ -58,8 +58,7 @@ async def list_files(
     order: Annotated[Literal["asc", "desc"], Query(description="by age; desc = newest first")] = "desc",
 ) -> Response:
     """The caller's files."""
-    if after is not None:
-        known_file(after)
+    check_after(after, files.FILE_ID, FileNotFound)
     page = await use.ledger.run(files.list_files(tenant, purpose, after, min(limit, files.MAX_FILES_PAGE), order))
     return page_response([file_object(record) for record in page.files], page.has_more)
 

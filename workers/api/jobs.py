@@ -18,7 +18,7 @@ from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.door import sealed
-from inferfleet.workers.api.parameters import path_id, query_id, refuse_unknown
+from inferfleet.workers.api.parameters import check_after, path_id, query_id, refuse_unknown
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
 from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
@@ -86,8 +86,7 @@ async def list_jobs(
 ) -> Response:
     """The caller's jobs, newest first, without their answers. `metadata[KEY]=VALUE` filters too."""
     metadata = {match[1]: value for name, value in request.query_params.items() if (match := METADATA.fullmatch(name))}
-    if after is not None:
-        known_id(after)
+    check_after(after, JOB_ID, JobNotFound)
     page = await use.ledger.list(tenant, status, model, metadata or None, after, limit)
     data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
     return page_response(data, page.has_more)

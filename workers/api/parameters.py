@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import Path, Query, Request
 
-from inferfleet.tasks.errors import InvalidRequest
+from inferfleet.tasks.errors import FleetError, InvalidRequest
 
 
 def path_id(pattern: str) -> Any:
@@ -16,6 +16,12 @@ def path_id(pattern: str) -> Any:
 def query_id(pattern: str, description: str = "the last id of the page before") -> Any:
     """The same in a query."""
     return Query(description=description, json_schema_extra={"pattern": f"^{pattern}$"})
+
+
+def check_after(after: str | None, pattern: re.Pattern[str], not_found: type[FleetError]) -> None:
+    """Where a page begins. One that no id can be is not found, like any other that is not there."""
+    if after is not None and not pattern.fullmatch(after):
+        raise not_found(param="after")
 
 
 def only_known_parameters(request: Request) -> None:

@@ -18,7 +18,7 @@ from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.batches import known_batch
 from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.jobs import JOB_ID, known_id
-from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, path_id, query_id
 from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.webhooks.guard import Policy
@@ -156,13 +156,8 @@ async def list_deliveries(
     limit: Limit = 20,
 ) -> Response:
     """The caller's deliveries, newest first. Those of progress are not kept."""
-    asked = (
-        (webhook_endpoint_id, known_endpoint),
-        (job_id, known_id),
-        (batch_id, known_batch),
-        (after, known_delivery),
-    )
-    for given, check in asked:
+    check_after(after, DELIVERY_ID, DeliveryNotFound)
+    for given, check in ((webhook_endpoint_id, known_endpoint), (job_id, known_id), (batch_id, known_batch)):
         if given is not None:
             check(given)
     if job_id is not None and batch_id is not None:
