@@ -39,7 +39,7 @@ from inferfleet.engine.spec_checks import check_counts, check_quantization, refu
 from inferfleet.engine.text.prompt import PromptEncoder
 from inferfleet.engine.text.tokenizer import Tokenizer
 from inferfleet.engine.weights import find_folder
-from inferfleet.kernels import threads
+from inferfleet.kernels import on_cuda, threads
 from inferfleet.kernels.quantized import Kind
 
 log = logging.getLogger(__name__)
@@ -198,8 +198,9 @@ def build_engine(
 
 
 def _can_replay(loaded: LoadedModel, spec: EngineSpec) -> bool:
-    is_alone = loaded.group.size == 1
-    return loaded.device.type == "cuda" and is_alone and spec.paged_attn and loaded.model.can_replay
+    if loaded.device.type != "cuda" or not on_cuda.has_triton():
+        return False  # without the kernels attention reads a batch's sizes on the host, which no graph can record
+    return loaded.group.size == 1 and spec.paged_attn and loaded.model.can_replay
 
 
 def _context(spec: EngineSpec, max_positions: int) -> int:

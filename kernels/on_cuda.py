@@ -24,7 +24,12 @@ def kernels(name: str, x: Tensor, *others: Tensor | None) -> ModuleType | None:
 
 
 @functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def _module(name: str) -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return None
     return importlib.import_module(f"inferfleet.kernels.{name}")

@@ -114,11 +114,3 @@ class JobRecord:
 class JobPage:
     jobs: list[JobRecord]
     has_more: bool
-
-    @property
-    def first_id(self) -> str | None:
-        return self.jobs[0].id if self.jobs else None
-
-    @property
-    def last_id(self) -> str | None:
-        return self.jobs[-1].id if self.jobs else None

@@ -229,6 +229,14 @@ def test_an_unknown_route_and_a_wrong_method_have_the_same_shape(http):
     assert refusal(http.put("/v1/chat/completions")) == (405, "method_not_allowed", None)
 
 
+@pytest.mark.parametrize(
+    "path", ["jobs", "files", "batches", "dead_letters", "webhook_endpoints", "webhook_deliveries"]
+)
+def test_a_page_behind_what_is_no_id_is_not_found_by_the_parameter_s_name(http, path):
+    status, _, param = refusal(http.get(f"/v1/{path}?after=x"))
+    assert (status, param) == (404, "after")
+
+
 def test_a_callers_request_id_comes_back_if_it_is_harmless(http):
     kept = http.get("/v1/nothing", headers={"x-request-id": "trace-1"})
     replaced = http.get("/v1/nothing", headers={"x-request-id": "a b\tc"})

@@ -12,8 +12,9 @@ from fleet import until
 from live_api import LiveApi, running_api
 
 from inferfleet.tasks import files
-from inferfleet.tasks.errors import OutputNotFound
+from inferfleet.tasks.errors import OutputNotFound, StoreUnavailable
 from inferfleet.tasks.stores import open_store
+from inferfleet.tasks.stores.s3_store import AsyncS3Store
 
 LINES = b'{"custom_id": "a"}\n' * 100
 
@@ -124,6 +125,18 @@ def test_a_retry_of_the_sdk_and_a_repeated_key_make_no_second_file(http, ledger)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reuse")
     # and no parts of the uploads that were dropped are left
     assert len(keys_of(ledger, first.json()["id"])) == 1
+
+
+def test_a_repeated_upload_is_answered_though_the_store_cannot_forget_its_parts_now(http, monkeypatch):
+    first = upload(http, headers={"Idempotency-Key": "away"}).json()
+    # Given a store that is away once the second upload has come, when its parts are to go, then that waits for later.
+    monkeypatch.setattr(AsyncS3Store, "forget", unavailable)
+    again = upload(http, headers={"Idempotency-Key": "away"})
+    assert (again.status_code, again.json()["id"]) == (200, first["id"])
+
+
+async def unavailable(*_) -> None:
+    raise StoreUnavailable
 
 
 def test_names_with_any_letters_come_back(http):

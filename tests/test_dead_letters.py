@@ -127,6 +127,7 @@ def test_a_poison_job_is_found_looked_into_replayed_and_deleted_over_http_and_by
         ("GET", "/v1/dead_letters?limit=0", 422),
         ("GET", "/v1/dead_letters?limit=101", 422),
         ("GET", "/v1/dead_letters?state=x", 422),
+        ("GET", "/v1/dead_letters?metadata[team]=a", 422),
         ("GET", "/v1/dead_letters?after=job_1", 404),
         ("GET", f"/v1/dead_letters/{NOWHERE}", 404),
         ("GET", "/v1/dead_letters/nothing", 404),

@@ -230,6 +230,7 @@ def test_env_example_names_every_variable_without_a_default():
     text = "".join((DOCKER / name).read_text() for name in ("compose.yaml", "compose.s3.yaml"))
     needed = set(re.findall(r"\$\{(\w+):\?", text))
     named = set(re.findall(r"^(\w+)=", (DOCKER / "env.example").read_text(), re.M))
+    assert not re.search(r"^\w+=.*#", (DOCKER / "env.example").read_text(), re.M)  # might be read as a value
     explained = set(re.findall(r"S3_\w+", (DOCKER / "compose.s3.yaml").read_text().partition("\n\n")[0]))
     assert needed <= named | explained
 

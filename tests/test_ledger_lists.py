@@ -15,7 +15,7 @@ def pages(ledger, tenant="a", **filters):
         found.append([job.id for job in page.jobs])
         if not page.has_more:
             return found
-        after = page.last_id
+        after = page.jobs[-1].id
 
 
 def test_pages_run_from_the_newest_to_the_oldest_without_gap_or_double(ledger):
@@ -31,7 +31,7 @@ def test_a_job_that_ends_between_two_pages_moves_nothing(ledger):
         submit(ledger, f"job_{i}")
     first = ledger.list("a", status="queued", limit=2)
     ledger.cancel("job_2")
-    assert [job.id for job in ledger.list("a", status="queued", after=first.last_id, limit=2).jobs] == [
+    assert [job.id for job in ledger.list("a", status="queued", after=first.jobs[-1].id, limit=2).jobs] == [
         "job_1",
         "job_0",
     ]

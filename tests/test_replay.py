@@ -1,6 +1,8 @@
 """Decoding steps in rounded sizes, as recorded graphs need them; on a CPU without the graph."""
 
 import random
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from tiny_engine import VOCAB, greedy, run, seeded, tiny_engine
 
 from inferfleet.engine import replay
 from inferfleet.engine.errors import OutOfMemory
+from inferfleet.engine.group import ALONE
+from inferfleet.engine.loader import EngineSpec, _can_replay
 from inferfleet.engine.offline import LLM
-from inferfleet.engine.replay import Replay, rounded_blocks, rounded_rows
+from inferfleet.engine.replay import Recorded, Replay, rounded_blocks, rounded_rows
+from inferfleet.kernels import on_cuda
 
 
 class Rehearsal(Replay):
@@ -81,6 +86,37 @@ def test_sizes_are_rounded_up_and_never_beyond_what_an_engine_has(tmp_path):
         engine.add(str(number), ids, greedy(8))
     run(engine)
     assert set(engine.replay.shapes) == {(5, 6)}
+
+
+class Counted(Replay):
+    """Records nothing, and remembers what it would have recorded."""
+
+    def __init__(self) -> None:
+        self._recorded = OrderedDict()
+        self.made: list[int] = []
+
+    def _record(self, batch):
+        self.made.append(batch.num_tokens)
+        return Recorded(SimpleNamespace(replay=lambda: None), torch.tensor(batch.num_tokens))
+
+
+def test_the_graph_that_waited_longest_makes_room_and_is_recorded_again_when_it_is_needed(monkeypatch):
+    # Given room for two graphs, when steps of three sizes take turns,
+    monkeypatch.setattr(replay, "MAX_GRAPHS", 2)
+    counted = Counted()
+    asked = [1, 2, 1, 8, 1, 2]
+    batches = [SimpleNamespace(num_tokens=rows, block_tables=[torch.zeros(rows, 32)]) for rows in asked]
+    given = [int(counted.hidden(batch)) for batch in batches]
+    # then each step has the graph of its size, and the one of two rows, which made room, is made again.
+    assert given == asked
+    assert counted.made == [1, 2, 8, 2]
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_steps_are_recorded_only_where_the_kernels_run(monkeypatch, has_triton):
+    monkeypatch.setattr(on_cuda, "has_triton", lambda: has_triton)
+    loaded = SimpleNamespace(device=torch.device("cuda"), group=ALONE, model=SimpleNamespace(can_replay=True))
+    assert _can_replay(loaded, EngineSpec(path="")) is has_triton
 
 
 def on_gpu(folder, **settings):

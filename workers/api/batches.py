@@ -7,25 +7,22 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from inferfleet.tasks import batches, files, names, strict_json
+from inferfleet.tasks import batches, files, names
 from inferfleet.tasks.batches import BatchRecord, Idempotency, Results
-from inferfleet.tasks.calls import check_idempotency_key, idempotency_digest
-from inferfleet.tasks.contracts import validated
+from inferfleet.tasks.calls import idempotency_digest
 from inferfleet.tasks.contracts.batches import MAX_LINES, BatchRequest, RetryRequest, window_seconds
-from inferfleet.tasks.contracts.contract import ENDPOINT_ID
 from inferfleet.tasks.errors import BatchNotFound, OutputNotFound, UrlNotAllowed
 from inferfleet.tasks.s3_url import lies_in
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.shelf import unmarked
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_contract
-from inferfleet.workers.api.files import chained, listed
-from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
+from inferfleet.workers.api.body import parser, read_contract
+from inferfleet.workers.api.files import chained
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, path_id, query_id
 from inferfleet.workers.api.prefer import read_idempotency_key, read_retry_count
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
-from inferfleet.workers.webhooks.guard import Policy
 
 router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
 
@@ -48,10 +45,9 @@ BatchId = Annotated[str, Depends(known_batch)]
 async def create_batch(request: Request, tenant: Tenant, use: Use) -> Response:
     """Run the lines of an uploaded file. Sent again by the OpenAI SDK after a lost answer, or under the same
     Idempotency-Key, it is still one batch."""
-    asked = await read_contract(request, use.settings.max_body_bytes, _parse_batch)
+    asked = await read_contract(request, use.settings.max_body_bytes, parser(BatchRequest))
     check_places(use.settings, tenant, asked)
-    if asked.webhook is not None and not ENDPOINT_ID.fullmatch(asked.webhook):
-        Policy.of(use.settings).url(asked.webhook)
+    use.door.check_webhook(asked.webhook)
     keep = asked.output_expires_after.seconds if asked.output_expires_after else files.DEFAULT_SECONDS
     digest = body_digest("batch", asked.model_dump_json())
     batch_id, replayed = await use.ledger.run(
@@ -84,10 +80,9 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
     """The caller's batches, newest first."""
-    if after is not None:
-        known_batch(after)
+    check_after(after, batches.BATCH_ID, BatchNotFound)
     found, has_more = await use.ledger.run(batches.list_batches(tenant, after, limit))
-    return json_response(listed([batch_object(record) for record in found], has_more))
+    return page_response([batch_object(record) for record in found], has_more)
 
 
 @router.get("/{batch_id}", openapi_extra=docs.GET_BATCH)
@@ -109,7 +104,7 @@ async def retry_batch(request: Request, batch_id: BatchId, tenant: Tenant, use: 
 
     The first one and its files stay as they are.
     """
-    asked = await read_contract(request, use.settings.max_body_bytes, _parse_retry)
+    asked = await read_contract(request, use.settings.max_body_bytes, parser(RetryRequest))
     parent = await use.ledger.run(batches.get(batch_id, tenant))
     digest = body_digest(f"retry {batch_id}", asked.model_dump_json())
     retry_id, replayed = await use.ledger.run(
@@ -220,7 +215,6 @@ def idempotency_of(request: Request, tenant: str, digest: str) -> Idempotency | 
     """How a repeat of this POST is known: by the caller's key, or by what the OpenAI SDK counts."""
     key, tries = read_idempotency_key(request.headers), read_retry_count(request.headers)
     if key is not None:
-        check_idempotency_key(key, "Idempotency-Key")
         return Idempotency(idempotency_digest(tenant, f"batches:{key}"), look=True, ttl_ms=None)
     if tries is not None:
         digest = idempotency_digest(tenant, f"batches:sdk:{digest}")
@@ -231,14 +225,6 @@ def idempotency_of(request: Request, tenant: str, digest: str) -> Idempotency | 
 def body_digest(verb: str, body: str) -> str:
     """What a repeat must agree in."""
     return hashlib.sha256(f"{verb}\n{body}".encode()).hexdigest()
-
-
-def _parse_batch(raw: bytes) -> BatchRequest:
-    return validated(BatchRequest, strict_json.loads(raw))
-
-
-def _parse_retry(raw: bytes) -> RetryRequest:
-    return validated(RetryRequest, strict_json.loads(raw))
 
 
 async def _result_lines(use: Services, found: Results, offset: int, last: int) -> AsyncIterator[bytes]:

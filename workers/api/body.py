@@ -1,4 +1,4 @@
-"""Reads a request's body as bytes, bounded; knows nothing of what the bytes mean.
+"""Reads a request's body, bounded, and has its contract judge it; knows no contract itself.
 
 FastAPI's own JSON path accepts NaN, UTF-16 and `true` for an int and answers 500 to a lone surrogate, so no route
 here declares a body model: the bytes go to `inferfleet.tasks.contracts`, which checks them strictly.
@@ -11,6 +11,9 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from inferfleet.tasks import strict_json
+from inferfleet.tasks.contracts import validated
+from inferfleet.tasks.contracts.contract import C
 from inferfleet.tasks.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
 from inferfleet.workers.api.services import services
 
@@ -28,6 +31,11 @@ async def read_contract(request: Request, limit: int, parse: Callable[[bytes], T
     """What `parse` makes of the body. Raises what read_json_body and `parse` raise."""
     raw = await read_json_body(request, limit)
     return parse(raw) if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse, raw)
+
+
+def parser(contract: type[C]) -> Callable[[bytes], C]:
+    """What `read_contract` takes, for a body that is that contract and nothing more."""
+    return lambda raw: validated(contract, strict_json.loads(raw))
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:

@@ -6,11 +6,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from inferfleet.tasks.calls import MAX_PAGE
+from inferfleet.tasks.errors import JobNotFound
 from inferfleet.workers.api import openapi_dead
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.jobs import JOB_ID, JobId, known_id, only_known_parameters
-from inferfleet.workers.api.parameters import query_id
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.jobs import JOB_ID, JobId
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, query_id
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Use
 from inferfleet.workers.api.showing import job_response, shown
 
@@ -27,12 +28,10 @@ async def list_dead_letters(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
 ) -> Response:
     """The caller's dead letters, newest first."""
-    if after is not None:
-        known_id(after)
+    check_after(after, JOB_ID, JobNotFound)
     page = await use.ledger.dead_letters(tenant, model, after, limit)
     data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
-    ends = {"first_id": page.first_id, "last_id": page.last_id, "has_more": page.has_more}
-    return json_response({"object": "list", "data": data, **ends})
+    return page_response(data, page.has_more)
 
 
 @router.get("/{job_id}", openapi_extra=openapi_dead.GET)

@@ -76,13 +76,17 @@ class Door:
         elif isinstance(request, ChatCompletionRequest):
             await self._counter.check(request, card.get("max_model_len"))
 
+    def check_webhook(self, target: str | None) -> None:
+        """An endpoint's id, or a URL that events may go to. Raises UrlNotAllowed."""
+        if target is not None and not ENDPOINT_ID.fullmatch(target):
+            self._hooks.url(target)
+
     async def submit(
         self, job: Sealed, tenant: str, *, job_id: str | None = None, idempotency_key: str | None = None
     ) -> Submitted:
         """Accepts a checked job once. Raises UrlNotAllowed, QueueFull, IdempotencyKeyReuse, LedgerUnavailable."""
         request = job.request
-        if request.callback is not None and not ENDPOINT_ID.fullmatch(request.callback):
-            self._hooks.url(request.callback)
+        self.check_webhook(request.callback)
         submitted = await self._ledger.submit(
             job_id or names.new_job_id(),
             job.envelope,

@@ -1,7 +1,6 @@
 """/v1/files: OpenAI's files, uploaded and read as streams; their bytes lie in the store, in parts."""
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -10,15 +9,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from inferfleet.tasks import files
-from inferfleet.tasks.errors import FileNotFound, LedgerUnavailable, StoreUnavailable
+from inferfleet.tasks.errors import FileNotFound
 from inferfleet.tasks.files import FileRecord
 from inferfleet.tasks.shelf import selected
 from inferfleet.workers.api import openapi_files as docs
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.parameters import only_known_parameters, path_id, query_id
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, path_id, query_id
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
-from inferfleet.workers.api.upload import Upload
+from inferfleet.workers.api.upload import Upload, forget
 from inferfleet.workers.api.waiting import CLIENT_LEFT
 
 router = APIRouter(prefix="/v1/files", tags=["OpenAI"], dependencies=[Depends(only_known_parameters)])
@@ -59,10 +58,9 @@ async def list_files(
     order: Annotated[Literal["asc", "desc"], Query(description="by age; desc = newest first")] = "desc",
 ) -> Response:
     """The caller's files."""
-    if after is not None:
-        known_file(after)
+    check_after(after, files.FILE_ID, FileNotFound)
     page = await use.ledger.run(files.list_files(tenant, purpose, after, min(limit, files.MAX_FILES_PAGE), order))
-    return json_response(listed([file_object(record) for record in page.files], page.has_more))
+    return page_response([file_object(record) for record in page.files], page.has_more)
 
 
 @router.get("/{file_id}", openapi_extra=docs.GET_FILE)
@@ -87,15 +85,9 @@ async def file_content(file_id: FileId, tenant: Tenant, use: Use) -> Response:
 @router.delete("/{file_id}", openapi_extra=docs.DELETE_FILE)
 async def delete_file(file_id: FileId, tenant: Tenant, use: Use) -> Response:
     """Forget a file. One that a batch still reads is refused."""
-    await forget(use, await use.ledger.run(files.delete_file(file_id, tenant)))
+    dropped = await use.ledger.run(files.delete_file(file_id, tenant))
+    await forget(use, dropped)
     return json_response({"id": file_id, "object": "file", "deleted": True})
-
-
-async def forget(use: Services, keys: list[str]) -> None:
-    """Let the store forget parts that nobody needs. What it does not hear of now, its janitor finds later."""
-    with suppress(LedgerUnavailable, StoreUnavailable):
-        if keys and not use.store.in_ledger:
-            await use.store.forget(keys)
 
 
 def file_object(record: FileRecord) -> dict[str, Any]:
@@ -111,12 +103,6 @@ def file_object(record: FileRecord) -> dict[str, Any]:
         "status": "processed",
         "status_details": None,
     }
-
-
-def listed(data: list[dict[str, Any]], has_more: bool) -> Mapping[str, Any]:
-    """OpenAI's page."""
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": data, **ends, "has_more": has_more}
 
 
 async def _content(use: Services, record: FileRecord) -> AsyncIterator[bytes]:

@@ -8,19 +8,19 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from inferfleet.tasks import names, strict_json
+from inferfleet.tasks import names
 from inferfleet.tasks.calls import MAX_PAGE, MAX_PLACE
-from inferfleet.tasks.contracts import JobRequest, parse_job, validated
+from inferfleet.tasks.contracts import JobRequest, parse_job
 from inferfleet.tasks.errors import FleetError, InvalidRequest, JobNotFound, NotTerminal
 from inferfleet.tasks.records import Event
 from inferfleet.workers.api import openapi
 from inferfleet.workers.api.accept import accept, replay_headers
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.door import sealed
-from inferfleet.workers.api.parameters import path_id, query_id
+from inferfleet.workers.api.parameters import check_after, path_id, query_id, refuse_unknown
 from inferfleet.workers.api.prefer import MAX_WAIT_SECONDS, read_prefer
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.showing import accepted_response, answer_response, job_response, shown
 from inferfleet.workers.api.sse import KEEP_ALIVE, EventStream, frame
@@ -30,12 +30,9 @@ JOB_ID = re.compile(r"job_[0-9a-f]{32}")
 METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 
-def only_known_parameters(request: Request) -> None:
-    """A misspelt filter must not silently show everything."""
-    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
-    for name in request.query_params:
-        if name not in known and not (METADATA.fullmatch(name) and "model" in known):
-            raise InvalidRequest(f"unknown query parameter {name[:100]!r}", param=name[:100])
+def only_known_filters(request: Request) -> None:
+    """The list takes any `metadata[KEY]` too."""
+    refuse_unknown(request, METADATA if request.scope["endpoint"] is list_jobs else None)
 
 
 def known_id(job_id: Annotated[str, path_id(JOB_ID.pattern)]) -> str:
@@ -46,7 +43,7 @@ def known_id(job_id: Annotated[str, path_id(JOB_ID.pattern)]) -> str:
 
 
 JobId = Annotated[str, Depends(known_id)]
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(only_known_parameters)])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(only_known_filters)])
 
 
 @router.post("", status_code=202, openapi_extra=openapi.CREATE_JOB)
@@ -89,12 +86,10 @@ async def list_jobs(
 ) -> Response:
     """The caller's jobs, newest first, without their answers. `metadata[KEY]=VALUE` filters too."""
     metadata = {match[1]: value for name, value in request.query_params.items() if (match := METADATA.fullmatch(name))}
-    if after is not None:
-        known_id(after)
+    check_after(after, JOB_ID, JobNotFound)
     page = await use.ledger.list(tenant, status, model, metadata or None, after, limit)
     data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
-    ends = {"first_id": page.first_id, "last_id": page.last_id, "has_more": page.has_more}
-    return json_response({"object": "list", "data": data, **ends})
+    return page_response(data, page.has_more)
 
 
 @router.get("/{job_id}", openapi_extra=openapi.GET_JOB)
@@ -145,7 +140,7 @@ async def cancel_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) 
 @router.patch("/{job_id}", openapi_extra=openapi.PATCH_JOB)
 async def update_job(request: Request, job_id: JobId, tenant: Tenant, use: Use) -> Response:
     """Change the priority (lower runs first) or the deadline of a job that waits."""
-    change = await read_contract(request, use.settings.max_body_bytes, _parse_update)
+    change = await read_contract(request, use.settings.max_body_bytes, parser(openapi.JobUpdate))
     if change.priority is None and change.deadline is None:
         raise InvalidRequest("give priority, deadline or both", param="priority")
     deadline_ms = None if change.deadline is None else round(change.deadline * 1000)
@@ -182,10 +177,6 @@ async def _read_job(request: Request, use: Services) -> JobRequest:
     job = await read_contract(request, use.settings.max_body_bytes, parse_job)
     await use.door.check(job.body)
     return job
-
-
-def _parse_update(raw: bytes) -> openapi.JobUpdate:
-    return validated(openapi.JobUpdate, strict_json.loads(raw))
 
 
 def _last_event_id(request: Request) -> int:

@@ -226,8 +226,8 @@ def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     """Those of one route: its own, the errors that it names, and those that any route may give."""
     texts = {
         400: "the body is not JSON", 403: "the url's signature does not fit, or it has expired",
-        408: "the body came too slowly",
-        404: "unknown model or job", 409: "the job's state, or a reused key, forbids it", 413: "the body is too large",
+        404: "no such model, or nothing of that id", 408: "the body came too slowly",
+        409: "its state, or a reused key, forbids it", 413: "the body is too large",
         415: "not a media type of this route", 422: "a field is wrong: `param` names it",
         429: "the queue is full: see Retry-After", 504: "the job's time was over",
         500: "the job failed, or its file is damaged: `code` says why",
@@ -235,7 +235,7 @@ def answers(extra: dict[str, Any], *errors: int) -> dict[str, Any]:
     }  # fmt: skip
     named = {str(status): answer(texts[status], ErrorAnswer) for status in errors}
     always = {"401": answer("the API key is missing or unknown", ErrorAnswer),
-              "503": answer("the ledger (Redis) is away", ErrorAnswer)}  # fmt: skip
+              "503": answer("the ledger (Redis) or the store is away", ErrorAnswer)}  # fmt: skip
     return {"responses": extra | named | always}
 
 

@@ -5,6 +5,7 @@ header without an end could fill the memory, and many silent ones every connecti
 """
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +16,6 @@ from inferfleet.workers.api.sse import compact
 
 #: Of the first line and all headers, trailers included.
 MAX_HEAD_BYTES = 64 * 1024
-REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
 def bounded(head_seconds: float) -> type[HttpToolsProtocol]:
@@ -114,7 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, error: FleetError) -> None:
         body = compact({"error": error.to_dict()}).encode()
         head = (
-            f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nx-request-id: req_{uuid4().hex}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)

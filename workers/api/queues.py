@@ -7,13 +7,11 @@ waiting. Anybody may purge their own jobs.
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from inferfleet.tasks import strict_json
-from inferfleet.tasks.contracts import validated
 from inferfleet.tasks.errors import Forbidden, ModelNotFound
 from inferfleet.tasks.queues import Queue
 from inferfleet.workers.api import openapi_queues
 from inferfleet.workers.api.auth import Tenant
-from inferfleet.workers.api.body import read_contract
+from inferfleet.workers.api.body import parser, read_contract
 from inferfleet.workers.api.openapi_queues import Purge
 from inferfleet.workers.api.parameters import only_known_parameters
 from inferfleet.workers.api.responses import json_response
@@ -64,7 +62,7 @@ async def resume_queue(model: str, tenant: Tenant, use: Use) -> Response:
 async def purge_queue(model: str, request: Request, tenant: Tenant, use: Use) -> Response:
     """Cancel the caller's jobs that wait for the model now; for an operator everybody's, or those of `tenant`. What
     runs goes on. `more` says that the call had to stop before the last one: repeat it."""
-    asked = await read_contract(request, use.settings.max_body_bytes, _parse_purge)
+    asked = await read_contract(request, use.settings.max_body_bytes, parser(Purge))
     await _check_known(use, model)
     if asked.tenant not in (None, tenant):
         _check_operator(use, tenant)
@@ -72,10 +70,6 @@ async def purge_queue(model: str, request: Request, tenant: Tenant, use: Use) ->
     purged = await use.ledger.purge(model, confirm=asked.confirm, tenant=whose)
     body = {"object": "queue.purged", "model": model, "cancelled": purged.cancelled, "more": purged.more}
     return json_response(body)
-
-
-def _parse_purge(raw: bytes) -> Purge:
-    return validated(Purge, strict_json.loads(raw))
 
 
 def _seen_by(use: Services, tenant: str) -> str | None:

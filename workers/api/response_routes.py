@@ -24,7 +24,7 @@ from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.body import read_contract
 from inferfleet.workers.api.parameters import path_id
 from inferfleet.workers.api.response_events import ResponseEvents
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.api.showing import answer_of
 from inferfleet.workers.api.sse import KEEP_ALIVE, EventStream, frame
@@ -124,9 +124,7 @@ async def list_input_items(
         if not places:
             raise InvalidRequest(f"there is no item {after!r}", param="after")
         items = items[places[0] + 1 :]
-    page = items[:limit]
-    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return json_response({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+    return page_response(items[:limit], len(items) > limit)
 
 
 async def _find(use: Services, job_id: str, tenant: str) -> tuple[JobRecord, ResponseRequest]:

@@ -1,7 +1,7 @@
 """Answers that every route shares: JSON, the one error shape and its headers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -25,6 +25,12 @@ FINAL = (Conflict, InvalidRequest, JobFailed, ReceiverFailed)
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """`value` as JSON, without a second pass through FastAPI's encoder."""
     return Response(compact(value), status_code=status, headers=headers, media_type="application/json")
+
+
+def page_response(data: Sequence[Mapping[str, Any]], has_more: bool) -> Response:
+    """OpenAI's page of objects that have an id."""
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return json_response({"object": "list", "data": data, **ends, "has_more": has_more})
 
 
 def error_response(error: FleetError, headers: Mapping[str, str] | None = None) -> Response:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -10,7 +11,14 @@ from starlette.requests import ClientDisconnect
 from inferfleet.tasks import files, strict_json
 from inferfleet.tasks.contracts import validated
 from inferfleet.tasks.contracts.batches import FileFields
-from inferfleet.tasks.errors import BodyTooLarge, FleetError, InvalidRequest, UnsupportedMediaType
+from inferfleet.tasks.errors import (
+    BodyTooLarge,
+    FleetError,
+    InvalidRequest,
+    LedgerUnavailable,
+    StoreUnavailable,
+    UnsupportedMediaType,
+)
 from inferfleet.tasks.files import Closed
 from inferfleet.workers.api.body import media_type
 from inferfleet.workers.api.multipart import Part, read_form
@@ -49,7 +57,7 @@ class Upload:
             await self._put(file, bytes(file.data))
             return await self._close(request, file, fields)
         except files.ReusedForFile as error:
-            await self._forget(error.dropped)
+            await forget(self._use, error.dropped)
             raise
         except (FleetError, ClientDisconnect):
             await self._give_up()
@@ -110,12 +118,8 @@ class Upload:
         closed = await self._use.ledger.run(
             files.close_file(self._id, self._size, seconds, body_hash=body_hash, idempotency=idempotency)
         )
-        await self._forget(closed.dropped)
+        await forget(self._use, closed.dropped)
         return closed
-
-    async def _forget(self, keys: Sequence[str]) -> None:
-        if keys and not self._use.store.in_ledger:
-            await self._use.store.forget(keys)
 
     async def _give_up(self) -> None:
         """Forget what came. If that fails too, the sweep of unfinished uploads does it later."""
@@ -123,9 +127,16 @@ class Upload:
             return
         try:
             dropped = await self._use.ledger.run(files.delete_file(self._id, self._tenant, uploading=True))
-            await self._forget(dropped)
+            await forget(self._use, dropped)
         except FleetError:
             return
+
+
+async def forget(use: Services, keys: Sequence[str]) -> None:
+    """Let the store forget parts that nobody needs. What it does not hear of now, its janitor finds later."""
+    with suppress(LedgerUnavailable, StoreUnavailable):
+        if keys and not use.store.in_ledger:
+            await use.store.forget(keys)
 
 
 def _the_file(parts: Sequence[Part]) -> Part:

@@ -7,19 +7,19 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from inferfleet.tasks import batches, names, strict_json, webhooks
+from inferfleet.tasks import batches, names, webhooks
 from inferfleet.tasks.calls import MAX_PAGE
-from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation, validated
+from inferfleet.tasks.contracts import EndpointCreate, EndpointTest, EndpointUpdate, SecretRotation
 from inferfleet.tasks.contracts.contract import ENDPOINT_ID, C
 from inferfleet.tasks.errors import DeliveryNotFound, EndpointNotFound, NoWebhookWorker, ReceiverFailed
 from inferfleet.tasks.webhooks import Delivery, Endpoint
 from inferfleet.workers.api import openapi_webhooks as docs
 from inferfleet.workers.api.auth import Tenant
 from inferfleet.workers.api.batches import known_batch
-from inferfleet.workers.api.body import read_contract
-from inferfleet.workers.api.jobs import JOB_ID, known_id, only_known_parameters
-from inferfleet.workers.api.parameters import path_id, query_id
-from inferfleet.workers.api.responses import json_response
+from inferfleet.workers.api.body import parser, read_contract
+from inferfleet.workers.api.jobs import JOB_ID, known_id
+from inferfleet.workers.api.parameters import check_after, only_known_parameters, path_id, query_id
+from inferfleet.workers.api.responses import json_response, page_response
 from inferfleet.workers.api.services import Services, Use
 from inferfleet.workers.webhooks.guard import Policy
 
@@ -76,7 +76,7 @@ async def list_endpoints(
         if after not in ids:
             raise EndpointNotFound("after names no webhook endpoint of this tenant", param="after")
         found = found[ids.index(after) + 1 :]
-    return _page([_shown(endpoint) for endpoint in found[:limit]], len(found) > limit)
+    return page_response([_shown(endpoint) for endpoint in found[:limit]], len(found) > limit)
 
 
 @router.get("/webhook_endpoints/{endpoint_id}", openapi_extra=docs.GET)
@@ -156,20 +156,15 @@ async def list_deliveries(
     limit: Limit = 20,
 ) -> Response:
     """The caller's deliveries, newest first. Those of progress are not kept."""
-    asked = (
-        (webhook_endpoint_id, known_endpoint),
-        (job_id, known_id),
-        (batch_id, known_batch),
-        (after, known_delivery),
-    )
-    for given, check in asked:
+    check_after(after, DELIVERY_ID, DeliveryNotFound)
+    for given, check in ((webhook_endpoint_id, known_endpoint), (job_id, known_id), (batch_id, known_batch)):
         if given is not None:
             check(given)
     if job_id is not None and batch_id is not None:
-        return _page([], has_more=False)  # no event tells of both
+        return page_response([], has_more=False)  # no event tells of both
     subject = job_id or batch_id
     found, more = await use.ledger.list_deliveries(tenant, webhook_endpoint_id, subject, status, after, limit)
-    return _page([_delivery(delivery) for delivery in found], more)
+    return page_response([_delivery(delivery) for delivery in found], more)
 
 
 @router.get("/webhook_deliveries/{delivery_id}", openapi_extra=docs.GET_DELIVERY)
@@ -186,10 +181,7 @@ async def replay_delivery(delivery_id: DeliveryId, tenant: Tenant, use: Use) -> 
 
 
 async def _read(request: Request, contract: type[C]) -> C:
-    def parse(raw: bytes) -> C:
-        return validated(contract, strict_json.loads(raw))
-
-    return await read_contract(request, MAX_BODY_BYTES, parse)
+    return await read_contract(request, MAX_BODY_BYTES, parser(contract))
 
 
 async def _until_ended(use: Services, delivery_id: str, tenant: str) -> Delivery:
@@ -201,11 +193,6 @@ async def _until_ended(use: Services, delivery_id: str, tenant: str) -> Delivery
             return delivery
     except TimeoutError:
         raise NoWebhookWorker(retry_after=TEST_WAIT_SECONDS) from None
-
-
-def _page(data: list[dict[str, Any]], has_more: bool) -> Response:
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return json_response({"object": "list", "data": data, **ends, "has_more": has_more})
 
 
 def _shown(endpoint: Endpoint) -> dict[str, Any]:
