@@ -223,7 +223,9 @@ def claim(
     found = yield Call("claim", args, lambda answer: answer)
     if text(found[0]) == "none":
         return None
-    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect, tenant, warm = found
+    _, job_id, fence, envelope, attempt, deaths, created, deadline, now, next_seq, suspect, tenant, warm, priority = (
+        found
+    )
     published: list[Event] = []
     if int(next_seq) > 2:  # more than this claim's own job.queued and job.in_progress
         published = yield from all_events(text(job_id))
@@ -231,6 +233,7 @@ def claim(
         job_id=text(job_id),
         fence=int(fence),
         tenant=text(tenant),
+        priority=int(priority),
         envelope=envelope,
         attempt=int(attempt),
         deaths=int(deaths),

@@ -42,6 +42,8 @@ class Claim:
     #: Names this claim in every later call; a higher one exists as soon as the job was taken back.
     fence: int
     tenant: str
+    #: In the engine too: that of the queue, which a batch or a later change may have set, not the envelope's.
+    priority: int
     envelope: bytes
     #: Counts from 1. A released attempt does not count.
     attempt: int

@@ -9,10 +9,12 @@ import time
 import pytest
 from fake_worker import SCRIPTED
 from fleet import until
+from ledger_moves import claim, submit
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from inferfleet.tasks import errors
+from inferfleet.tasks.contracts import parse_job
 from inferfleet.tasks.doorbell import broker_url
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
@@ -28,7 +30,7 @@ from inferfleet.workers.loading import Loading
 from inferfleet.workers.metrics import Meter, fleet_families, put_snapshot
 from inferfleet.workers.patience import until_answered
 from inferfleet.workers.publisher import Publisher
-from inferfleet.workers.requests import usage_of
+from inferfleet.workers.requests import ChatErrand, usage_of
 from inferfleet.workers.resident import Resident, State
 
 OPEN = threading.Event()
@@ -37,6 +39,21 @@ OPEN = threading.Event()
 def delta(text="a", *, index=0, token_ids=(1,), logprobs=None, finish_reason=None):
     return {"id": "x", "index": index, "token_ids": list(token_ids), "text": text, "logprobs": logprobs,
             "finish_reason": finish_reason}  # fmt: skip
+
+
+# What the engine is asked for ----------------------------------------------------------------------------------------
+
+
+def test_the_engine_hears_the_priority_that_the_job_has_in_the_queue(ledger):
+    # given a job that named one priority, was submitted with another, as a batch's line is, and got a third
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    job = parse_job(json.dumps({"url": "/v1/chat/completions", "body": body, "priority": -5}).encode())
+    submit(ledger, priority=50)
+    ledger.update("job_1", priority=70)
+
+    errand = ChatErrand(claim(ledger), job, {"max_model_len": 100}, job.body)
+
+    assert errand.request()["priority"] == 70
 
 
 # Gate ----------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class Errand(ABC):
 
     def __init__(self, claim: Claim, job: JobRequest, card: Card) -> None:
         self.claim = replace(claim, envelope=b"")
-        self.priority = job.effective_priority
+        self.priority = claim.priority
         self.execution_timeout = job.execution_timeout
         self.card = card
 

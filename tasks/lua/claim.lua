@@ -5,7 +5,7 @@
 -- tenant is touched.
 -- ARGV: model, worker, token, lease_ms, look_ahead, ageing, online ('1' = no lines of batches), affinity ('' = any)
 -- Answers {'none'} | {'job', id, fence, envelope, attempts, deaths, created_ms, deadline_ms, now_ms, next_seq, suspect,
---   tenant, affinity}. Nothing is given while the queue is paused.
+--   tenant, affinity, priority}. Nothing is given while the queue is paused.
 local model, worker, lease_ms = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local look_ahead, ageing, online, affinity = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] ~= '', ARGV[8]
 local token_key = P .. 'claim:' .. worker .. ':' .. ARGV[3]
@@ -13,7 +13,7 @@ local token_key = P .. 'claim:' .. worker .. ':' .. ARGV[3]
 local function answer(job)
   return {'job', job.id, job.fence, redis.call('HGET', job.key, 'envelope'), job.attempts, job.deaths,
     job.created_ms, job.deadline_ms, whole(NOW), job.next_seq, job.suspect, job.tenant,
-    job.affinity}
+    job.affinity, job.priority}
 end
 
 -- A token is good for one claim: repeated after a lost reply it gives that claim, or nothing once the claim is over.
