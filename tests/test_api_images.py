@@ -20,8 +20,8 @@ from PIL import Image
 from test_api_door import twisted
 
 from inferfleet.tasks.settings import ImageSettings, ModelSpec
-from inferfleet.workers.api.signing import signed_url
 from inferfleet.workers.keys import digest, new_key
+from inferfleet.workers.url_signing import signed_url
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 EDIT_LIMIT = 1 << 20

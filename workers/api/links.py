@@ -10,7 +10,7 @@ from inferfleet.tasks import roster
 from inferfleet.tasks.errors import InvalidRequest
 from inferfleet.tasks.records import JobRecord
 from inferfleet.workers.api.services import Services
-from inferfleet.workers.api.signing import signed_url
+from inferfleet.workers.url_signing import signed_url
 
 #: A name or an address, and a port. Whatever else a Host header says does not belong into a url.
 HOST = re.compile(r"[A-Za-z0-9._~\-]{1,253}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?", re.ASCII)

@@ -15,7 +15,7 @@ from inferfleet.workers.api.auth import bearer, tenant
 from inferfleet.workers.api.openapi import OUTPUT
 from inferfleet.workers.api.parameters import path_id
 from inferfleet.workers.api.services import Services, Use
-from inferfleet.workers.api.signing import check_signature
+from inferfleet.workers.url_signing import check_signature
 
 router = APIRouter(tags=["jobs"])
 

@@ -32,13 +32,13 @@ from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import Store
 from inferfleet.workers import logs
-from inferfleet.workers.api.signing import signed_url
 from inferfleet.workers.batches import lines
 from inferfleet.workers.batches.exchange import CONTENT_TYPE, Exchange
 from inferfleet.workers.batches.plan import Plan, Rules, Wrong, make_plan
 from inferfleet.workers.batches.reader import LineReader, Prepared
 from inferfleet.workers.batches.spool import Spool
 from inferfleet.workers.patience import until_answered
+from inferfleet.workers.url_signing import signed_url
 
 log = logs.get("batches")
 
