@@ -113,20 +113,11 @@ def _submit(
     submitted = yield calls.submit(
         names.new_job_id(),
         envelope,
-        model=model,
         tenant=caller.tenant,
         body_hash=body_hash(envelope),
-        priority=job.effective_priority,
-        deadline_ms=job.deadline_ms,
-        start_timeout_ms=job.start_timeout_ms,
         idempotency_key=idempotency_key,
         max_queued=caller.max_queued,
-        custom_id=job.custom_id,
-        endpoint=job.url,
-        metadata=job.labels,
-        webhook=job.callback,
-        webhook_words=job.callback_words,
-        work=job.work,
+        **job.terms(),
     )
     if submitted.queued:
         yield Ring(model)

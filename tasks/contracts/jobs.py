@@ -97,6 +97,21 @@ class JobRequest(QueueOptions):
         """The metadata that the job is listed with."""
         return self.metadata if self.metadata is not None else self.body.metadata
 
+    def terms(self) -> dict[str, Any]:
+        """What the ledger's `submit` is told of a job beside its envelope, whoever submits it."""
+        return {
+            "model": self.body.model,
+            "priority": self.effective_priority,
+            "deadline_ms": self.deadline_ms,
+            "start_timeout_ms": self.start_timeout_ms,
+            "custom_id": self.custom_id,
+            "endpoint": self.url,
+            "metadata": self.labels,
+            "webhook": self.callback,
+            "webhook_words": self.callback_words,
+            "work": self.work,
+        }
+
     def envelope(self) -> bytes:
         """Canonical JSON of what was given: equal requests give equal bytes."""
         values = self.model_dump(mode="json", exclude_none=True)

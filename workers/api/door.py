@@ -90,20 +90,11 @@ class Door:
         submitted = await self._ledger.submit(
             job_id or names.new_job_id(),
             job.envelope,
-            model=request.body.model,
             tenant=tenant,
             body_hash=job.hash,
-            priority=request.effective_priority,
-            deadline_ms=request.deadline_ms,
-            start_timeout_ms=request.start_timeout_ms,
             idempotency_key=idempotency_key,
             max_queued=self._settings.max_queued,
-            custom_id=request.custom_id,
-            endpoint=request.url,
-            metadata=request.labels,
-            webhook=request.callback,
-            webhook_words=request.callback_words,
-            work=request.work,
+            **request.terms(),
         )
         if submitted.queued:
             self._ringer.ring(request.body.model)

@@ -208,7 +208,7 @@ class BatchRun:
             job_id = batches.line_job(self.batch.id, number)
             try:
                 line = self._reader.read(number)
-                num_new += self._submit(job_id, model, line)
+                num_new += self._submit(job_id, line)
             except (QueueFull, QuotaExceeded):
                 feed.waiting.appendleft(number)
                 feed.pause_until = now + FULL_SECONDS
@@ -221,26 +221,24 @@ class BatchRun:
         if num_new:
             self.tools.doorbell.ring(model, num_new)
 
-    def _submit(self, job_id: str, model: str, line: Prepared) -> bool:
+    def _submit(self, job_id: str, line: Prepared) -> bool:
         """Whether the job is new and waits. Raises QueueFull, QuotaExceeded."""
         job, envelope = line.job, line.job.envelope()
+        of_a_line = {
+            "priority": line.priority,
+            "deadline_ms": min(job.deadline_ms or self.batch.expires_ms, self.batch.expires_ms),
+            "metadata": (job.labels or {}) | {"batch_id": self.batch.id},
+        }
         submit = partial(
             self.tools.ledger.submit,
             job_id,
             envelope,
-            model=model,
             tenant=self.batch.tenant,
             body_hash=body_hash(envelope),
-            priority=line.priority,
-            deadline_ms=min(job.deadline_ms or self.batch.expires_ms, self.batch.expires_ms),
-            start_timeout_ms=job.start_timeout_ms,
             # Online work finds room in the queue, however many batches there are.
             max_queued=max(1, self.tools.settings.max_queued // 2),
-            custom_id=job.custom_id,
-            endpoint=job.url,
-            metadata=(job.labels or {}) | {"batch_id": self.batch.id},
             batch_id=self.batch.id,
-            work=job.work,
+            **job.terms() | of_a_line,
         )
         try:
             return self.patiently(submit).queued

@@ -139,19 +139,10 @@ class Runs:
         return self._ledger.submit(
             job_id,
             envelope,
-            model=job.body.model,
             tenant=TENANT,
             body_hash=contracts.body_hash(envelope),
-            priority=priority_of(job, terms),
-            deadline_ms=job.deadline_ms,
-            start_timeout_ms=job.start_timeout_ms,
             max_queued=self._settings.max_queued,
-            custom_id=job.custom_id,
-            endpoint=job.url,
-            metadata=job.labels,
-            webhook=job.callback,
-            webhook_words=job.callback_words,
-            work=job.work,
+            **job.terms() | {"priority": priority_of(job, terms)},
         )
 
     def _wait(self, job_id: str, until: float) -> JobRecord | None:
