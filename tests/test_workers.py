@@ -182,8 +182,9 @@ def test_a_model_that_refuses_to_load_fails_its_jobs_with_a_typed_error(fleet):
 
     assert record.state == "failed" and record.error["code"] == "load_failed"
     assert record.error["message"] == "the model broken cannot be loaded: the scripted model refuses"
-    card = fleet.ledger.cards()["broken"]
-    assert card["state"] == "failed" and card["error"] == record.error | {"message": "the scripted model refuses"}
+    # The card says so too, from the worker's next word about itself on.
+    card = until(lambda: (one := fleet.ledger.cards()["broken"])["state"] == "failed" and one)
+    assert card["error"] == record.error | {"message": "the scripted model refuses"}
     # No turn is left behind, however many come.
     until(lambda: fleet.ledger.redis.llen("test.turn.broken") == 0)
     assert fleet.wait(fleet.submit("tokens=1")).state == "completed"
