@@ -1,14 +1,13 @@
 """The ledger's questions about jobs: what to send to Redis and how to read the answer. Every call may be sent twice."""
 
 import hashlib
-import json
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from inferfleet.tasks import names
-from inferfleet.tasks.call import Call, Key, Steps, from_json, integer, opt, text, to_json
+from inferfleet.tasks.call import Call, Steps, from_json, integer, opt, text, to_json
 from inferfleet.tasks.errors import (
     AlreadyTerminal,
     EventLogFull,
@@ -19,6 +18,7 @@ from inferfleet.tasks.errors import (
     NotTerminal,
     QueueFull,
 )
+from inferfleet.tasks.event_log import all_events
 from inferfleet.tasks.records import Beat, Claim, Done, Event, JobPage, JobRecord, Lost, Output, Submitted, Swept, Work
 from inferfleet.tasks.refusals import refusal, retry_after
 
@@ -30,15 +30,10 @@ LOOK_AHEAD = 32
 AGEING = 32
 #: Events of one job. The log is never cut, because a requeued job goes on from it; a fuller one is refused.
 MAX_EVENTS = 100_000
-EVENTS_PER_READ = 1000
 ENTRIES_PER_SCAN = 500
 MAX_PAGE = 100
-#: Longest time that a read of events blocks on the server, below redis-py's own 5 s for a silent socket.
-MAX_BLOCK_MS = 4000
 #: Of how a process died.
 MAX_REASON_CHARS = 500
-#: Doubles, which Lua counts with, are exact up to here; far more than a job can have events.
-MAX_PLACE = 2**53
 MAX_KEY_CHARS = 255
 #: An idempotency key: printable ASCII without spaces at its ends.
 PRINTABLE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
@@ -246,15 +241,6 @@ def claim(
     )
 
 
-def all_events(job_id: str) -> Steps[list[Event]]:
-    found: list[Event] = []
-    while True:
-        log = yield events(job_id, after=found[-1]["sequence_number"] if found else -1, count=EVENTS_PER_READ)
-        found += log
-        if len(log) < EVENTS_PER_READ:
-            return found
-
-
 def beat(worker: str, jobs: Sequence[tuple[str, int]], lease_ms: int) -> Call[dict[str, Beat]]:
     """Renew the leases of the jobs that moved since the last beat: job id -> ok | cancel | stale."""
     pairs = [part for pair in jobs for part in pair]
@@ -265,9 +251,12 @@ def beat(worker: str, jobs: Sequence[tuple[str, int]], lease_ms: int) -> Call[di
     return Call("beat", (worker, lease_ms, *pairs), parse)
 
 
-def publish(job_id: str, fence: int, events: Iterable[Mapping[str, Any]], token: str) -> Call[Beat]:
+def publish(
+    job_id: str, fence: int, events: Iterable[Mapping[str, Any]], token: str, *, behind: str = ""
+) -> Call[Beat]:
     """Append events to a running job's log, once for each token; numbers are given by the ledger. The last progress
-    among them is kept in the job's record too."""
+    among them is kept in the job's record too. behind: the token before, of the same fence; if the log lacks it (a
+    failover lost it), the job is handed back and the answer is stale."""
     if " " in token:
         raise ValueError("a token holds no space")
     events = list(events)
@@ -280,7 +269,7 @@ def publish(job_id: str, fence: int, events: Iterable[Mapping[str, Any]], token:
         return text(answer)
 
     said = [to_json(event) for event in events]
-    return Call("publish", [job_id, fence, token, MAX_EVENTS, progress, *said], parse)
+    return Call("publish", [job_id, fence, token, behind, MAX_EVENTS, progress, *said], parse)
 
 
 def complete(
@@ -294,16 +283,17 @@ def complete(
     metrics: Mapping[str, Any] | None = None,
     outputs: Sequence[Output] = (),
     keep: Sequence[str] = (),
+    behind: str = "",
 ) -> Call[Done]:
     """End a running job and write its terminal event. A cancelling job ends as cancelled whatever is asked.
 
     outputs: the files of a job that completes. keep: keys of files in this Redis, which then live as long as the job;
-    if the job ends otherwise, or the fence is stale, they are deleted.
+    if the job ends otherwise, or the fence is stale, they are deleted. behind: the last token, as in `publish`.
     """
     if state not in names.TERMINAL:
         raise ValueError(f"state must be one of {sorted(names.TERMINAL)}, not {state!r}")
     texts = (to_json(value) for value in (error, usage, metrics, list(outputs) or None))
-    return Call("complete", [job_id, fence, state, opt(response), *texts, *keep], as_word)
+    return Call("complete", [job_id, fence, state, opt(response), *texts, behind, *keep], as_word)
 
 
 def as_word(answer: bytes) -> Any:
@@ -409,72 +399,3 @@ def delete(job_id: str, tenant: str | None = None) -> Call[None]:
             raise NotTerminal(f"the job is {word}; cancel it first")
 
     return Call("delete", (job_id, opt(tenant), uuid.uuid4().hex), parse)
-
-
-# Events --------------------------------------------------------------------------------------------------------------
-
-
-def events(
-    job_id: str, tenant: str | None = None, *, after: int = -1, count: int = EVENTS_PER_READ
-) -> Call[list[Event]]:
-    """The events with a number above `after`, oldest first, at most `count`."""
-    check_place(after)
-    return Call("events", (job_id, opt(tenant), after, count), lambda answer: read_log(answer)[1])
-
-
-def log(job_id: str, tenant: str | None = None, *, after: int = -1) -> Call[tuple[str, list[Event]]]:
-    """The job's state and, read in the same moment, its events: when it has ended and none is left, none will come."""
-    check_place(after)
-    return Call("events", (job_id, opt(tenant), after, EVENTS_PER_READ), read_log)
-
-
-def check_place(after: int) -> None:
-    """Raises InvalidRequest for what is no sequence_number, nor -1 for the beginning."""
-    if isinstance(after, bool) or not isinstance(after, int) or not -1 <= after <= MAX_PLACE:
-        raise InvalidRequest("after must be a whole number between -1 and 2**53", param="after")
-
-
-def read_log(answer: list[Any] | None) -> tuple[str, list[Event]]:
-    if answer is None:
-        raise JobNotFound(param="job_id")
-    return text(answer[0]), [event(entry) for entry in answer[2]]
-
-
-def event(entry: Sequence[Any]) -> Event:
-    """A stream entry: `[b"<n+1>-0", [b"e", json]]`."""
-    number = int(entry[0].partition(b"-")[0]) - 1
-    return {"sequence_number": number, **json.loads(entry[1][1])}
-
-
-def wait_events(
-    job_id: str, tenant: str | None = None, *, after: int = -1, block_ms: int = MAX_BLOCK_MS
-) -> Steps[list[Event]]:
-    """Like `events`, but waits on the server for the next one. Empty when nothing came in block_ms, or none can."""
-    state, found = yield log(job_id, tenant, after=after)
-    if found or state in names.TERMINAL:
-        return found
-    return (yield next_events(job_id, after=after, block_ms=block_ms))
-
-
-def next_events(
-    job_id: str, *, after: int, count: int = EVENTS_PER_READ, block_ms: int = MAX_BLOCK_MS
-) -> Call[list[Event]]:
-    """Wait on the server for events after a number. For whoever may see the job: it asks for no tenant. Empty when
-    nothing came in block_ms, also for a job that was deleted or has ended."""
-    check_place(after)
-    block = max(1, min(block_ms, MAX_BLOCK_MS))
-    args = ("XREAD", "COUNT", count, "BLOCK", block, "STREAMS", Key(f"events:{job_id}"), f"{after + 1}-0")
-    return Call("", args, parse_stream)
-
-
-def parse_stream(answer: Any) -> list[Event]:
-    """XREAD's answer, a list under RESP2 and a dict under RESP3."""
-    if not answer:
-        return []
-    entries = next(iter(answer.values()))[0] if isinstance(answer, dict) else answer[0][1]
-    return [event_of(fields, stream_id) for stream_id, fields in entries]
-
-
-def event_of(fields: Any, stream_id: bytes) -> Event:
-    body = fields[b"e"] if isinstance(fields, dict) else fields[1]
-    return event((stream_id, (b"e", body)))

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from inferfleet.tasks import calls, dead_letters, names, queues, roster
+from inferfleet.tasks import calls, dead_letters, event_log, names, queues, roster
 from inferfleet.tasks.call import Call
 from inferfleet.tasks.contracts import Body, JobRequest, body_hash, check_card, parse_chat, parse_job
 from inferfleet.tasks.dead_letters import Attempt
@@ -138,10 +138,10 @@ def _wait(caller: Caller, job_id: str, timeout: float | None = None) -> Errand[J
     after = -1
     record: JobRecord = yield calls.get(job_id, caller.tenant)
     while not record.terminal:
-        left = calls.MAX_BLOCK_MS if give_up is None else round(1000 * (give_up - time.monotonic()))
+        left = event_log.MAX_BLOCK_MS if give_up is None else round(1000 * (give_up - time.monotonic()))
         if left <= 0:
             raise TimeoutError(f"{job_id} is {record.state} after {timeout} s")
-        found = yield calls.next_events(job_id, after=after, block_ms=left)
+        found = yield event_log.next_events(job_id, after=after, block_ms=left)
         after = found[-1]["sequence_number"] if found else after
         # A silent job is asked again too: it may have been deleted, or queued anew under higher numbers.
         if not found or names.is_terminal_event(found[-1]["type"]):
@@ -149,14 +149,14 @@ def _wait(caller: Caller, job_id: str, timeout: float | None = None) -> Errand[J
     return to_job_object(record)
 
 
-def _events(caller: Caller, job_id: str, after: int) -> Errand[list[Event] | None]:
+def _events(caller: Caller, job_id: str, after: int, last: Event | None) -> Errand[list[Event] | None]:
     """The next events of a job, waiting for them a while: empty when nothing came, None when nothing will."""
-    state, found = yield calls.log(job_id, caller.tenant, after=after)
+    state, found = yield event_log.log(job_id, caller.tenant, after=after, last=last)
     if found:
         return found
     if state in names.TERMINAL:
         return None
-    return (yield calls.next_events(job_id, after=after))
+    return (yield event_log.next_events(job_id, after=after))
 
 
 def _cancel(caller: Caller, job_id: str) -> Errand[Job]:
@@ -331,11 +331,15 @@ class Client(Face):
             return stop.value
 
     def stream(self, job_id: str, after: int = -1) -> Iterator[Event]:
-        """A job's events as they come, those with a number above `after`, up to the one that ends it."""
-        while (found := self._run(_events(self.caller, job_id, after))) is not None:
+        """A job's events as they come, those with a number above `after`, up to the one that ends it.
+
+        Raises Conflict where Redis lost events that were told (see `event_log.log`).
+        """
+        last = None
+        while (found := self._run(_events(self.caller, job_id, after, last))) is not None:
             for event in found:
                 yield event
-                after = event["sequence_number"]
+                after, last = event["sequence_number"], event
 
     submit = errand(_submit)
     get = errand(_get)
@@ -389,11 +393,15 @@ class AsyncClient(Face):
             return stop.value
 
     async def stream(self, job_id: str, after: int = -1) -> AsyncIterator[Event]:
-        """A job's events as they come, those with a number above `after`, up to the one that ends it."""
-        while (found := await self._run(_events(self.caller, job_id, after))) is not None:
+        """A job's events as they come, those with a number above `after`, up to the one that ends it.
+
+        Raises Conflict where Redis lost events that were told (see `event_log.log`).
+        """
+        last = None
+        while (found := await self._run(_events(self.caller, job_id, after, last))) is not None:
             for event in found:
                 yield event
-                after = event["sequence_number"]
+                after, last = event["sequence_number"], event
 
     submit = async_errand(_submit)
     get = async_errand(_get)

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from inferfleet.tasks import calls, kept_runs, roster, webhooks
+from inferfleet.tasks import calls, event_log, kept_runs, roster, webhooks
 from inferfleet.tasks import dead_letters as letters
 from inferfleet.tasks import queues as lines
 from inferfleet.tasks.call import Call, Key, Steps, script_sha, script_text
@@ -26,7 +26,7 @@ from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: A silent socket is given up after this, longer than any read blocks on the server (calls.MAX_BLOCK_MS).
+#: A silent socket is given up after this, longer than any read blocks on the server (event_log.MAX_BLOCK_MS).
 SOCKET_TIMEOUT = 8.0
 CONNECT_TIMEOUT = 2.0
 #: Repeats of a command whose connection broke: about 2 s in all, so that a dead Redis is a quick 503.
@@ -154,9 +154,9 @@ class Ledger(Carrier):
     submit = verb(calls.submit)
     get = verb(calls.get)
     list = verb(calls.list_jobs)
-    events = verb(calls.events)
-    wait_events = verb(calls.wait_events)
-    next_events = verb(calls.next_events)
+    events = verb(event_log.events)
+    wait_events = verb(event_log.wait_events)
+    next_events = verb(event_log.next_events)
     cancel = verb(calls.cancel)
     update = verb(calls.update)
     retry = verb(calls.retry)
@@ -188,6 +188,8 @@ class Ledger(Carrier):
     roles = verb(roster.roles)
     put_card = verb(roster.put_card)
     cards = verb(roster.cards)
+    note_server = verb(roster.note_server)
+    failovers = verb(roster.failovers)
     put_tenants = verb(roster.put_tenants)
     put_key = verb(roster.put_key)
     find_key = verb(roster.find_key)
@@ -259,9 +261,9 @@ class AsyncLedger(Carrier):
     submit = async_verb(calls.submit)
     get = async_verb(calls.get)
     list = async_verb(calls.list_jobs)
-    events = async_verb(calls.events)
-    wait_events = async_verb(calls.wait_events)
-    next_events = async_verb(calls.next_events)
+    events = async_verb(event_log.events)
+    wait_events = async_verb(event_log.wait_events)
+    next_events = async_verb(event_log.next_events)
     cancel = async_verb(calls.cancel)
     update = async_verb(calls.update)
     retry = async_verb(calls.retry)
@@ -293,6 +295,8 @@ class AsyncLedger(Carrier):
     workers = async_verb(roster.workers)
     put_card = async_verb(roster.put_card)
     cards = async_verb(roster.cards)
+    note_server = async_verb(roster.note_server)
+    failovers = async_verb(roster.failovers)
     put_tenants = async_verb(roster.put_tenants)
     put_key = async_verb(roster.put_key)
     find_key = async_verb(roster.find_key)

@@ -44,7 +44,7 @@ EDITS_URL = "/v1/images/edits"
 #: Where a body may go: what a job's url, and the endpoint of a batch, may be.
 JobUrl = Literal["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/images/edits"]
 RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
-OUTPUT_ID = re.compile(r"out_([0-9a-f]{32})_[0-9]{1,15}_[0-9]{1,2}")
+OUTPUT_ID = re.compile(r"out_([0-9a-f]{32})_[0-9]{1,16}_[0-9]{1,2}")
 
 
 def turn_queue(model: str, namespace: str = "inferfleet") -> str:

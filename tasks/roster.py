@@ -78,6 +78,16 @@ def stats() -> Call[dict[str, dict[str, Any]]]:
     return Call("stats", (), parse)
 
 
+def note_server() -> Call[bool]:
+    """Note which Redis server keeps the ledger: True, once, where it took over from one that may have known more."""
+    return Call("server", (), lambda answer: answer == b"failover")
+
+
+def failovers() -> Call[int]:
+    """How often a server took over, as far as anybody noted."""
+    return Call("", ("HGET", Key("server"), "failovers"), lambda answer: int(answer or 0))
+
+
 def put_tenants(limits: Mapping[str, Mapping[str, Any]]) -> Call[int]:
     """Replace the weights and quotas of all tenants: name ("*" = whoever is not named) -> settings.TenantSettings."""
     return Call("tenants", [part for name, values in limits.items() for part in (name, to_json(values))], int)

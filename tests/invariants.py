@@ -209,7 +209,7 @@ LISTED = (
 )
 #: The lists, and what the namespace has one of.
 FLEETWIDE = re.compile(
-    r"(seq|delivery_number|signing|reaper|tenants|runs|run_due|run_leases|models|ended|finished|dead|leases"
+    r"(seq|delivery_number|signing|reaper|server|tenants|runs|run_due|run_leases|models|ended|finished|dead|leases"
     r"|deadlines|expiring|forget_deliveries|outbox|bytes|batches:(open|ended)"
     r"|(waiting|ages|running|pace|dead|jobs|in|batches|deliveries|endpoints|files|here|cards"
     r"|order|classes|turns|rested|costs|quota|hook_secret|queue|sending|keys|workers|figures|metrics):?.*)"

@@ -200,7 +200,8 @@ def test_what_a_runner_says_twice_counts_once(ledger, held):
 def test_a_runner_that_lost_its_batch_can_change_nothing(ledger, held):
     ledger.redis.zadd(f"{ledger.prefix}batches:open", {held.id: 0})
     second = ledger.run(batches.claim("second", 10_000))
-    assert (second.id, second.fence) == (held.id, held.fence + 1)
+    assert second.id == held.id
+    assert second.fence > held.fence
     old = (held.id, held.fence)
     assert ledger.run(batches.beat(*old, 10_000)) is None
     assert ledger.run(batches.start(*old, 5, None)) is None

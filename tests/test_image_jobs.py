@@ -59,7 +59,7 @@ def test_pictures_are_stored_described_and_answered(fleet):
     body = {"n": 3, "seed": 11, "size": "48x32", "response_format": "b64_json", "num_inference_steps": 2}
     record = fleet.wait(fleet.paint("a red circle", body=body))
     assert_painted(fleet, record, n=3, seed=11, width=48, height=32)
-    assert files(fleet) == {f"out_{record.id[4:]}_1_{index}" for index in range(3)}
+    assert files(fleet) == {names.output_id(record.id, record.fence, index) for index in range(3)}
     answer = json.loads(record.response)
     usage = {"input_tokens": 3, "output_tokens": 48, "total_tokens": 51,
              "input_tokens_details": {"text_tokens": 3, "image_tokens": 0}}  # fmt: skip

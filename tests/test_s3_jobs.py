@@ -14,6 +14,7 @@ from live_api import api_of_workers
 from live_batches import read_lines, running_batches, start, wait_for_end
 from swift_s3 import SwiftServer
 
+from inferfleet.tasks import names
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import open_store
 from inferfleet.workers.batches.orphans import OrphanSweep
@@ -77,7 +78,7 @@ def test_files_that_nobody_names_are_deleted_and_all_others_stay(fleet, s3):
     fleet.ledger.delete(gone.id)
     # and what a lost run, a broken upload and a stranger left
     store = open_store(Settings(redis_url=fleet.redis_url, **s3), fleet.ledger)
-    lost = kept.replace("_1_0", "_9_0")
+    lost = names.output_id(names.job_of_output(kept), 9, 0)
     upload, shelf = f"file-{'a' * 32}_0_0", f"batch_{'b' * 32}_3_7"
     for key in (lost, upload, shelf, "a-strangers-file"):
         store.put(key, b"x", "x/y")

@@ -39,6 +39,8 @@ class Outgoing:
 
     token: str
     events: list[Event]
+    #: The token before it.
+    behind: str
 
 
 class Flight(ABC):
@@ -71,6 +73,8 @@ class Flight(ABC):
         self._pending: list[Event] = []
         self._in_doubt: Outgoing | None = None
         self._num_sent = 0
+        #: Of what is known to be in the log.
+        self._last_token = ""
 
     @abstractmethod
     def absorb(self, delta: Mapping[str, Any]) -> bool:
@@ -136,14 +140,21 @@ class Flight(ABC):
         with self._lock:
             if self._in_doubt is None and self._pending:
                 self._num_sent += 1
-                self._in_doubt = Outgoing(f"{self.fence}.{self._num_sent}", self._pending)
+                self._in_doubt = Outgoing(f"{self.fence}.{self._num_sent}", self._pending, self._last_token)
                 self._pending = []
             return self._in_doubt
 
     def published(self) -> None:
         """The batch that `outgoing` gave is in the log."""
         with self._lock:
-            self._in_doubt = None
+            if self._in_doubt is not None:
+                self._last_token, self._in_doubt = self._in_doubt.token, None
+
+    @property
+    def last_token(self) -> str:
+        """Of what this flight published last; '' before that."""
+        with self._lock:
+            return self._last_token
 
     @property
     def has_news(self) -> bool:

@@ -19,6 +19,10 @@ log = logs.get("janitor")
 
 #: Jobs taken back, expired or deleted in one call of a script, so that no script holds Redis for long.
 BATCH = 100
+COMPARE = (
+    "another Redis has taken over: what the old one had accepted last may be lost; "
+    "`inferfleet jobs lookup` tells producers which of their idempotency keys are not known"
+)
 #: Rings for one model in one round; the next round comes a second later.
 MAX_RINGS = 500
 
@@ -79,7 +83,9 @@ class Janitor:
                 log.exception("round_broke")
 
     def round(self) -> None:
-        """Reap, sweep, ring."""
+        """Look at the server, reap, sweep, ring."""
+        if self._ledger.note_server():
+            log.error("redis_failed_over", advice=COMPARE)
         self._reap()
         swept = self._ledger.sweep(BATCH, result_ttl_ms=self._result_ttl_ms, dead_ttl_ms=self._dead_ttl_ms)
         if swept.expired or swept.deleted:

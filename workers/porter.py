@@ -239,6 +239,7 @@ class Porter:
             "usage": usage,
             "metrics": measured,
             "outputs": outputs,
+            "behind": "" if flight is None else flight.last_token,
         }
         answer = until_answered(
             lambda: self._ledger.complete(claim.job_id, claim.fence, state=state, keep=keep, **end), self.giving_up

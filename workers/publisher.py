@@ -126,7 +126,9 @@ class Publisher:
 
 def publish_all(ledger: Ledger, batch: Sequence[tuple[Flight, Outgoing]]) -> list[str]:
     """One pipeline for the whole batch; a word for each. Raises LedgerUnavailable; may then be repeated."""
-    said = [calls.publish(flight.job_id, flight.fence, out.events, out.token) for flight, out in batch]
+    said = [
+        calls.publish(flight.job_id, flight.fence, out.events, out.token, behind=out.behind) for flight, out in batch
+    ]
     pipeline = ledger.redis.pipeline(transaction=False)
     for call in said:
         pipeline.execute_command(*ledger.command(call))

@@ -8,6 +8,8 @@
 local batch = run_batch(ARGV[1], ARGV[2])
 if not batch then return 'stale' end
 local n = tonumber(ARGV[12])
+-- Fewer than there were: this server took over from one that it lagged behind, and the lines between are to run again.
+if tonumber(batch.lines) < tonumber(ARGV[3]) then return 'stale' end
 if batch.lines ~= ARGV[3] then return 'same' end
 local tail = redis.call('APPEND', P .. 'tail:' .. batch.id, ARGV[4])
 local counted = {'completed', 'failed', 'output_bytes', 'error_bytes', 'input_tokens', 'cached_tokens', 'output_tokens'}

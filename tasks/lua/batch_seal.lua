@@ -3,6 +3,7 @@
 -- Answers stale | same | missing | ok
 local batch = run_batch(ARGV[1], ARGV[2])
 if not batch then return 'stale' end
+if tonumber(batch.parts) < tonumber(ARGV[3]) then return 'stale' end  -- as in batch_commit
 if batch.parts ~= ARGV[3] then return 'same' end
 local tail = P .. 'tail:' .. batch.id
 if redis.call('STRLEN', tail) ~= tonumber(ARGV[6]) then return 'stale' end

@@ -30,7 +30,7 @@ local function give(job)
   charge(job)
   unqueue(job)
   move(job, 'in_progress')
-  job.fence = whole(tonumber(job.fence) + 1)
+  job.fence = next_fence(job.fence)
   job.attempts = whole(tonumber(job.attempts) + 1)
   local first = job.started_ms == ''
   if first then job.started_ms = whole(NOW) end

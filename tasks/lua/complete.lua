@@ -1,12 +1,13 @@
 -- End a running job, with its terminal event. Writes job, running, leases, finished, in:*, events, pace, output:*.
--- ARGV: id, fence, state, response, error, usage, metrics, outputs JSON ('' = absent), then keys of files in this Redis
+-- ARGV: id, fence, state, response, error, usage, metrics, outputs JSON ('' = absent), token of what this fence published
+--   last ('' = nothing), then keys of files in this Redis
 -- Answers done | same | stale | missing (one of the files is not there; nothing was changed)
 -- Files of a job that completes live as long as the job; those of any other end, and of a stale fence, are deleted.
-local files = {unpack(ARGV, 9)}
+local files = {unpack(ARGV, 10)}
 local job = load(ARGV[1])
 local fence, state = ARGV[2], ARGV[3]
 if job and TERMINAL[job.state] and job.done_fence == fence then return 'same' end
-if not job or not held(job, fence) then
+if not job or not held(job, fence) or lost_words(job, ARGV[9]) then
   drop_files(files)
   return 'stale'
 end

@@ -104,7 +104,9 @@ end
 -- `event`: tenant, subject, type, key (what makes it unique), data (JSON), tries, due, slot
 -- Answers whether there are new deliveries.
 local function send_event(event, webhook)
-  event.id = 'evt_' .. string.sub(redis.sha1hex(event.subject .. ' ' .. event.key), 1, 32)
+  -- With the type: a server that lagged behind when it took over gives numbers of a job's log anew, and a receiver that
+  -- knows the id would ignore the event.
+  event.id = 'evt_' .. string.sub(redis.sha1hex(event.subject .. ' ' .. event.type .. ' ' .. event.key), 1, 32)
   event.body = event_body(event, event.data)
   local fresh = deliver_to(event, webhook)
   for _, endpoint in ipairs(redis.call('ZRANGE', P .. 'endpoints:' .. event.tenant, 0, -1)) do

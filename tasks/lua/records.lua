@@ -21,6 +21,7 @@
 --   pace:<model>          hash    how fast the model's jobs end: queue.lua
 --   models                set     models that have or had jobs
 --   reaper                hash    asked_ms (the last call of reap), not_before_ms (it takes nothing before)
+--   server                hash    run_id, noted_ms (which Redis, and when that was noted last), failovers: server.lua
 --   seq                   string  counter that numbers jobs by age
 --   signing               string  what urls of files are signed with (roster.py)
 -- Time is the server's own (TIME), so no clock of a worker can shorten or stretch a lease.
@@ -29,10 +30,11 @@
 local P = KEYS[1]
 local tell -- webhooks: outbox.lua, which follows, says what it does
 local unqueue, enqueue -- out of and into the order of claims: queue.lua
-local NOW
+local NOW, NOW_US
 do
   local time = redis.call('TIME')
   NOW = time[1] * 1000 + math.floor(time[2] / 1000)
+  NOW_US = time[1] * 1000000 + time[2]
 end
 
 local FIELDS = {'state', 'model', 'tenant', 'seq', 'fence', 'place', 'priority', 'deadline_ms', 'start_timeout_ms',
@@ -77,6 +79,12 @@ local function page_of(entries, limit, scan, show)
   end
   if #entries == 2 * scan then page[1] = entries[#entries] end
   return page
+end
+
+-- Greater than the last fence, and the microsecond of the claim: a server that took over from one that it lagged behind
+-- does not know the last fences that the other gave, and gives none of them again.
+local function next_fence(last)
+  return whole(math.max(tonumber(last) + 1, NOW_US))
 end
 
 local function held(job, fence)
@@ -168,13 +176,42 @@ end
 -- A claim that ends without a result: the fence moves at once, so the old holder can change nothing any more.
 local function take_back(job)
   unclaim(job)
-  job.fence = whole(tonumber(job.fence) + 1)
+  job.fence = next_fence(job.fence)
   redis.call('HSET', job.key, 'fence', job.fence, 'progress', '')
 end
 
 local function requeue(job, reason)
   move(job, 'queued')
   enqueue(job, '{"type":"job.queued","status":"queued","reason":"' .. reason .. '"}')
+end
+
+-- No death, and the attempt does not count as one.
+local function hand_back(job, reason)
+  take_back(job)
+  redis.call('HSET', job.key, 'attempts', whole(tonumber(job.attempts) - 1))
+  if job.state == 'cancelling' then
+    finish(job, 'cancelled', {error = ERRORS.cancelled})
+  else
+    requeue(job, reason)
+  end
+end
+
+-- Tokens of what was published last: not only one, since a double that the network held back may arrive after the next
+-- call.
+local function tokens_of(job)
+  local tokens = {}
+  for seen in string.gmatch(redis.call('HGET', job.key, 'published') or '', '%S+') do
+    tokens[#tokens + 1], tokens[seen] = seen, true
+  end
+  return tokens
+end
+
+-- A holder whose last words are not in the log: this server took over from one that it lagged behind. What the holder
+-- says next would leave a hole, so the job is taken from it and goes on from the log as it is. `last`: the token, or ''
+local function lost_words(job, last)
+  if last == '' or tokens_of(job)[last] then return false end
+  hand_back(job, 'events_lost')
+  return true
 end
 
 -- The holder is gone. Answers requeued, dead, cancelled or expired.

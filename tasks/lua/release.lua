@@ -8,13 +8,7 @@ if redis.call('HGET', job.key, 'released_fence') == fence then return 'released'
 if not held(job, fence) then return 'stale' end
 
 if ARGV[3] ~= '' then note_try(job, 'crowd', 'its engine died or stood still with other jobs in it') end
-take_back(job)
--- A handed back attempt does not count as one.
-redis.call('HSET', job.key, 'released_fence', fence, 'attempts', whole(tonumber(job.attempts) - 1))
+redis.call('HSET', job.key, 'released_fence', fence)
 if ARGV[3] ~= '' then redis.call('HSET', job.key, 'suspect', ARGV[3]) end
-if job.state == 'cancelling' then
-  finish(job, 'cancelled', {error = ERRORS.cancelled})
-else
-  requeue(job, 'released')
-end
+hand_back(job, 'released')
 return 'released'

@@ -13,7 +13,7 @@ redis.call('HDEL', job.key, 'response', 'error', 'usage', 'metrics', 'dead_lette
   'started_ms', 'claimed_ms', 'suspect', 'published', 'outputs', 'output_keys', 'progress',
   'told_ms')
 job.deadline_ms, job.start_timeout_ms, job.started_ms = '', '', ''
-job.fence = whole(tonumber(job.fence) + 1)
+job.fence = next_fence(job.fence)
 redis.call('HSET', job.key, 'retry_token', ARGV[3], 'queued_ms', whole(NOW), 'deaths', '0', 'attempts', '0', 'deadline_ms', '',
   'start_timeout_ms', '', 'fence', job.fence)
 requeue(job, 'retry')

@@ -56,7 +56,8 @@ for _ = 1, 32 do
   local id = next_of(receiver)
   if id then
     redis.call('ZREM', P .. 'queue:' .. receiver, id)
-    local fence = redis.call('HINCRBY', P .. 'delivery:' .. id, 'fence', 1)
+    local fence = next_fence(redis.call('HGET', P .. 'delivery:' .. id, 'fence') or '0')
+    redis.call('HSET', P .. 'delivery:' .. id, 'fence', fence)
     local given = answer(id)
     if given then
       redis.call('ZADD', P .. 'sending:' .. receiver, whole(NOW + lease_ms), id)

@@ -58,6 +58,10 @@ class Chaos:
                 swift.kill(kind)
                 swift.start(kind)
                 swift.wait_until_listening(kind)
+        self._revive()
+
+    def _revive(self) -> None:
+        """As whatever watches over processes would: a part that meets a Redis that is away at its start ends."""
         for name in self.parts.revive():
             self.say(f"{name} had ended and is started again")
 
@@ -69,6 +73,8 @@ class Chaos:
                     return
                 try:
                     about = fault(chosen)
+                    if faults[0] == self.kill:  # the lane of processes: the other one starts none
+                        self._revive()
                 except Exception as error:
                     self.complaints.append(f"the fault {fault.__name__} broke: {type(error).__name__}: {error}")
                     return

@@ -51,9 +51,10 @@ async def metrics(tenant: Tenant, use: Use) -> Response:
     try:
         counted, cards = await use.ledger.stats(), await use.door.cards()
         workers = await use.ledger.run(fleet_families())
+        failovers = await use.ledger.failovers()
     except LedgerUnavailable:
-        counted, cards, workers = None, {}, []
-    page = render(use.metrics, counted, cards, workers)
+        counted, cards, workers, failovers = None, {}, [], None
+    page = render(use.metrics, counted, cards, workers, failovers)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -101,12 +101,21 @@ class Hub:
         while True:
             try:
                 await self._read()
-                self._failing_since = None
+                if self._failing_since is not None:
+                    self._failing_since = None
+                    self._look_again()
             except Exception as error:  # whatever it is: without this task everybody here would wait for ticks
                 if self._failing_since is None:
                     self._failing_since = time.monotonic()
                     log.warning("hub_read_failed", error=type(error).__name__, reason=str(error)[:200])
                 await asyncio.sleep(RETRY_SECONDS)
+
+    def _look_again(self) -> None:
+        """Redis was away, and another may have taken its place: who follows a job compares its log with what he saw."""
+        for stream in self._streams.values():
+            for watch in stream.watches:
+                watch.lagged = True
+                watch.changed.set()
 
     def watched(self, job_id: str) -> bool:
         """Whether somebody in this process still waits for the job."""
@@ -165,8 +174,8 @@ class Hub:
     async def follow(self, job_id: str, tenant: str | None, *, after: int = -1) -> AsyncGenerator[list[Event], None]:
         """The job's events above `after` in order, [] at a tick of silence, until it has ended.
 
-        Raises JobNotFound, and LedgerUnavailable at once if the first read fails, later only when Redis stays away
-        for OUTAGE_SECONDS.
+        Raises JobNotFound, LedgerUnavailable at once if the first read fails, later only when Redis stays away for
+        OUTAGE_SECONDS, and Conflict where events that were told are lost (`event_log.log`).
         """
         place = Place(self._ledger, job_id, tenant, after)
         yield await place.read_log()

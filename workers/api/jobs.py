@@ -9,9 +9,10 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from inferfleet.tasks import names
-from inferfleet.tasks.calls import MAX_PAGE, MAX_PLACE
+from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.tasks.contracts import JobRequest, parse_job
 from inferfleet.tasks.errors import FleetError, InvalidRequest, JobNotFound, NotTerminal
+from inferfleet.tasks.event_log import MAX_PLACE
 from inferfleet.tasks.records import Event
 from inferfleet.workers.api import openapi
 from inferfleet.workers.api.accept import accept, replay_headers

@@ -2,7 +2,7 @@
 
 import json
 
-from inferfleet.tasks import calls, names
+from inferfleet.tasks import event_log, names
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Event
 
@@ -18,16 +18,17 @@ class Place:
         self._job_id = job_id
         self._tenant = tenant
         self.after = after
+        self._last: Event | None = None
         self.ended = False
         self.missing = False
         self.more = False
 
     async def read_log(self) -> list[Event]:
-        """One page of the log itself; `more` says that another may follow."""
-        state, events = await self._ledger.run(calls.log(self._job_id, self._tenant, after=self.after))
-        self.more, self.missing = len(events) == calls.EVENTS_PER_READ, False
-        if events:
-            self.after = events[-1]["sequence_number"]
+        """One page of the log itself; `more` says that another may follow. Raises Conflict as `event_log.log`."""
+        log = event_log.log(self._job_id, self._tenant, after=self.after, last=self._last)
+        state, events = await self._ledger.run(log)
+        self.more, self.missing = len(events) == event_log.EVENTS_PER_READ, False
+        self._see(events)
         # A job that was retried has an earlier end in its numbers: the state decides, and only on the last page.
         self.ended = state in names.TERMINAL and not self.more
         return events
@@ -38,7 +39,12 @@ class Place:
         self.missing = bool(fresh) and fresh[0][0] != self.after + 1
         if self.missing or not fresh:
             return []
-        self.after = fresh[-1][0]
         events = [{"sequence_number": number, **json.loads(body)} for number, body in fresh]
+        self._see(events)
         self.ended = names.is_terminal_event(events[-1]["type"])
         return events
+
+    def _see(self, events: list[Event]) -> None:
+        if events:
+            self._last = events[-1]
+            self.after = events[-1]["sequence_number"]

@@ -13,9 +13,10 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from inferfleet.tasks import calls, names
-from inferfleet.tasks.calls import MAX_PAGE, MAX_PLACE
+from inferfleet.tasks.calls import MAX_PAGE
 from inferfleet.tasks.contracts import JobRequest, ResponseRequest, parse_response
 from inferfleet.tasks.errors import AlreadyTerminal, FleetError, InvalidRequest, JobNotFound, ResponseNotFound
+from inferfleet.tasks.event_log import MAX_PLACE
 from inferfleet.tasks.records import Event, JobRecord
 from inferfleet.tasks.response_object import STATUSES, input_items, response_object
 from inferfleet.workers.api import openapi

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -52,19 +52,23 @@ def render(
     stats: Mapping[str, Mapping[str, Any]] | None,
     cards: Mapping[str, Mapping[str, Any]],
     workers: Iterable[Metric],
+    failovers: int | None,
 ) -> bytes:
     """The whole exposition: this process, the queues, and what workers laid down. `stats` None = the ledger is away,
     which is itself a metric."""
     registry = CollectorRegistry()
-    registry.register(_Snapshot([*_fleet_families(stats, cards), *workers]))
+    registry.register(_Snapshot([*_fleet_families(stats, cards, failovers), *workers]))
     return generate_latest(http.registry) + generate_latest(registry)
 
 
 def _fleet_families(
-    stats: Mapping[str, Mapping[str, Any]] | None, cards: Mapping[str, Mapping[str, Any]]
+    stats: Mapping[str, Mapping[str, Any]] | None, cards: Mapping[str, Mapping[str, Any]], failovers: int | None
 ) -> list[Metric]:
     up = GaugeMetricFamily("inferfleet_ledger_up", "1 while the ledger (Redis) answers.")
     up.add_metric([], 0.0 if stats is None else 1.0)
+    took_over = CounterMetricFamily("inferfleet_ledger_failovers", "Times that another Redis took over.")
+    if failovers is not None:
+        took_over.add_metric([], failovers)
     depth = _gauge("inferfleet_queue_depth", "Jobs that wait.")
     running = _gauge("inferfleet_queue_running", "Jobs that a worker holds.")
     oldest = _gauge("inferfleet_queue_oldest_job_age_seconds", "Age of the job that has waited longest.")
@@ -75,7 +79,7 @@ def _fleet_families(
     loaded = GaugeMetricFamily("inferfleet_model_loaded", "1 while a worker serves the model.", labels=["model_name"])
     for model, card in sorted(cards.items()):
         loaded.add_metric([model], 1.0 if card.get("state") == "ready" else 0.0)
-    return [up, depth, running, oldest, loaded]
+    return [up, took_over, depth, running, oldest, loaded]
 
 
 def _gauge(name: str, text: str) -> GaugeMetricFamily:

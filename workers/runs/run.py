@@ -17,7 +17,7 @@ from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
-from inferfleet.tasks import calls, contracts, errors, names
+from inferfleet.tasks import contracts, errors, event_log, names
 from inferfleet.tasks.client import as_job
 from inferfleet.tasks.contracts import ImageRequest, JobRequest
 from inferfleet.tasks.doorbell import Doorbell
@@ -152,7 +152,7 @@ class Runs:
             left = until - time.monotonic()
             if left <= 0:
                 return None
-            block = max(1, round(min(left * 1000, calls.MAX_BLOCK_MS)))
+            block = max(1, round(min(left * 1000, event_log.MAX_BLOCK_MS)))
             news = until_answered(partial(self._ledger.wait_events, job_id, after=after, block_ms=block), self.closing)
             if news:
                 after = news[-1]["sequence_number"]
