@@ -19,6 +19,7 @@ from redis.retry import Retry
 
 from inferfleet.tasks import calls, kept_runs, roster, webhooks
 from inferfleet.tasks import dead_letters as letters
+from inferfleet.tasks import lookup as reconciling
 from inferfleet.tasks import queues as lines
 from inferfleet.tasks.call import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
@@ -154,6 +155,7 @@ class Ledger(Carrier):
     submit = verb(calls.submit)
     get = verb(calls.get)
     list = verb(calls.list_jobs)
+    lookup = verb(reconciling.lookup)
     events = verb(calls.events)
     wait_events = verb(calls.wait_events)
     next_events = verb(calls.next_events)
@@ -259,6 +261,7 @@ class AsyncLedger(Carrier):
     submit = async_verb(calls.submit)
     get = async_verb(calls.get)
     list = async_verb(calls.list_jobs)
+    lookup = async_verb(reconciling.lookup)
     events = async_verb(calls.events)
     wait_events = async_verb(calls.wait_events)
     next_events = async_verb(calls.next_events)
