@@ -10,7 +10,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,6 +22,7 @@ from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import InvalidRequest, ModelNotFound, OutputNotFound, SettingsError
 from inferfleet.tasks.job_object import Job, to_job_object
 from inferfleet.tasks.ledger import AsyncLedger, Ledger
+from inferfleet.tasks.lookup import lookup
 from inferfleet.tasks.queues import Purged, Queue
 from inferfleet.tasks.records import Event, JobRecord
 from inferfleet.tasks.settings import RESULT_STORE, S3Settings
@@ -200,6 +201,13 @@ def _list(
     return JobList([to_job_object(record) for record in page.jobs], page.has_more)
 
 
+def _lookup(caller: Caller, keys: Collection[str]) -> Errand[dict[str, str | None]]:
+    """idempotency_key -> id of its job, or None, for 1 to 1000 keys. What has none may be submitted again: its job was
+    never accepted, was lost with the Redis that held it, was deleted, or ended longer ago than results are kept."""
+    found = yield lookup(caller.tenant, keys)
+    return {key: job and job.job_id for key, job in found.items()}
+
+
 def _dead_letters(
     caller: Caller, model: str | None = None, after: str | None = None, limit: int = 20
 ) -> Errand[JobList]:
@@ -349,6 +357,7 @@ class Client(Face):
     delete = errand(_delete)
     output = errand(_output)
     list = errand(_list)
+    lookup = errand(_lookup)
     dead_letters = errand(_dead_letters)
     attempts = errand(_attempts)
     replay = errand(_replay)
@@ -411,6 +420,7 @@ class AsyncClient(Face):
     delete = async_errand(_delete)
     output = async_errand(_output)
     list = async_errand(_list)
+    lookup = async_errand(_lookup)
     dead_letters = async_errand(_dead_letters)
     attempts = async_errand(_attempts)
     replay = async_errand(_replay)

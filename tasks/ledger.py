@@ -19,6 +19,7 @@ from redis.retry import Retry
 
 from inferfleet.tasks import calls, event_log, kept_runs, roster, webhooks
 from inferfleet.tasks import dead_letters as letters
+from inferfleet.tasks import lookup as reconciling
 from inferfleet.tasks import queues as lines
 from inferfleet.tasks.call import Call, Key, Steps, script_sha, script_text
 from inferfleet.tasks.errors import LedgerUnavailable, RedisMisconfigured
@@ -157,6 +158,7 @@ class Ledger(Carrier):
     events = verb(event_log.events)
     wait_events = verb(event_log.wait_events)
     next_events = verb(event_log.next_events)
+    lookup = verb(reconciling.lookup)
     cancel = verb(calls.cancel)
     update = verb(calls.update)
     retry = verb(calls.retry)
@@ -264,6 +266,7 @@ class AsyncLedger(Carrier):
     events = async_verb(event_log.events)
     wait_events = async_verb(event_log.wait_events)
     next_events = async_verb(event_log.next_events)
+    lookup = async_verb(reconciling.lookup)
     cancel = async_verb(calls.cancel)
     update = async_verb(calls.update)
     retry = async_verb(calls.retry)

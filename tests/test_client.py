@@ -111,6 +111,19 @@ def test_the_same_idempotency_key_gives_the_same_job_and_no_second_turn(client, 
         client.submit(CHAT | {"n": 2}, idempotency_key="k")
 
 
+def test_keys_are_looked_up_within_the_tenant(client, make):
+    first, second = client.submit(CHAT, idempotency_key="one"), client.submit(CHAT, idempotency_key="two")
+    assert client.lookup(["two", "never", "one"]) == {"two": second.id, "never": None, "one": first.id}
+    assert make(tenant="other").lookup(("one", "two")) == {"one": None, "two": None}
+    client.cancel(first.id)
+    client.delete(first.id)
+    assert client.lookup({"one": 1, "two": 2}.keys()) == {"one": None, "two": second.id}
+    for keys, param in (([], "idempotency_keys"), (["one", "\n"], "idempotency_keys.1")):
+        with pytest.raises(InvalidRequest) as caught:
+            client.lookup(keys)
+        assert caught.value.param == param
+
+
 @pytest.mark.parametrize(("field", "url"), [("prompt", names.IMAGES_URL), ("input", names.RESPONSES_URL)])
 def test_a_bare_body_of_another_kind_than_a_chat_is_told_the_url_that_it_needs(client, field, url):
     with pytest.raises(InvalidRequest) as caught:
