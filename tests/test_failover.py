@@ -4,7 +4,9 @@ The replica hears its primary through a proxy that falls silent; the fleet speak
 to the replica once the primary was killed.
 """
 
+import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -132,7 +134,7 @@ def test_a_batch_and_a_delivery_that_were_taken_unseen_are_taken_under_another_f
     assert (delivery.id, delivery.event) == (lost_delivery.id, lost_delivery.event)
     assert delivery.fence > lost_delivery.fence
     assert record(ledger, lost_delivery).word == "stale"
-    assert record(ledger, delivery).word == "ok"
+    assert record(ledger, delivery).word == "delivered"
 
 
 def test_a_job_whose_last_words_were_lost_goes_on_from_the_log_without_a_death(pair, ledger):
@@ -265,6 +267,30 @@ def test_a_reader_through_redis_is_told_of_words_that_are_lost(pair, ledger):
         ledger.publish("job_1", found.fence, [delta("other"), delta("words")], "2")
         with pytest.raises(Conflict, match="from their beginning"):
             next(events)
+
+
+def test_a_client_that_waits_for_a_job_that_is_lost_sends_it_again_by_itself(pair, tmp_path):
+    fleet = Fleet(pair.url, tmp_path)
+    with ExitStack() as stack:
+        stack.callback(fleet.close)
+        fleet.start_worker(models={"m": "fake"})
+        api = stack.enter_context(api_of_workers(pair.url, "test"))
+        sdk = api.sdk(max_retries=4)
+        until(lambda: [model.id for model in sdk.models.list()] == ["m"])
+        pair.lag()
+        message = {"role": "user", "content": "tokens=150 step=0.02"}
+        with ThreadPoolExecutor(1) as waiter:
+            answered = waiter.submit(sdk.chat.completions.create, model="m", messages=[message])
+            (lost,) = until(lambda: fleet.ledger.list("default", "in_progress").jobs)
+            pair.fail_over()
+            answer = answered.result(60)
+        # then it has the answer of the job that took the lost one's place
+        (job,) = fleet.ledger.list("default").jobs
+        assert (job.state, job.id == lost.id) == ("completed", False)
+        assert (
+            answer.choices[0].message.content
+            == json.loads(fleet.ledger.get(job.id).response)["choices"][0]["message"]["content"]
+        )
 
 
 class Follower:

@@ -17,7 +17,7 @@ from uuid import uuid4
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from inferfleet.tasks.errors import LedgerUnavailable
+from inferfleet.tasks.errors import JobNotFound, LedgerUnavailable
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.records import Event, JobRecord
 from inferfleet.workers import logs
@@ -35,6 +35,7 @@ TICK_SECONDS = 10.0
 #: A Redis that restarts is waited for this long before waiters are told.
 OUTAGE_SECONDS = 30.0
 WAKE_TTL_SECONDS = 600
+LOST_JOB = "the ledger has lost this job (Redis failed over to a replica that lagged); submit it again"
 RETRY_SECONDS = 0.2
 PAUSE_PER_STREAM, LONGEST_PAUSE = 0.00005, 0.01
 
@@ -89,6 +90,7 @@ class Hub:
         self._woken = False
         self._pokes: set[asyncio.Task[None]] = set()
         self._failing_since: float | None = None
+        self._num_outages = 0
         self.draining = asyncio.Event()
 
     @property
@@ -101,12 +103,10 @@ class Hub:
         while True:
             try:
                 await self._read()
-                if self._failing_since is not None:
-                    self._failing_since = None
-                    self._look_again()
             except Exception as error:  # whatever it is: without this task everybody here would wait for ticks
                 if self._failing_since is None:
                     self._failing_since = time.monotonic()
+                    self._num_outages += 1
                     log.warning("hub_read_failed", error=type(error).__name__, reason=str(error)[:200])
                 await asyncio.sleep(RETRY_SECONDS)
 
@@ -124,10 +124,10 @@ class Hub:
     async def until_ended(self, job_id: str, tenant: str | None, seconds: float | None = None) -> JobRecord:
         """The job once it has ended, or as it is after `seconds` or when a shutdown begins; None = however long.
 
-        Raises JobNotFound, and LedgerUnavailable as `follow` does.
+        Raises JobNotFound at once, LedgerUnavailable as `follow` does and for a job that was lost meanwhile.
         """
         give_up = None if seconds is None else time.monotonic() + seconds
-        ended = asyncio.Event()
+        ended, outages = asyncio.Event(), self._num_outages
         self._waiting.setdefault(job_id, set()).add(ended)
         try:
             record = await self._ledger.get(job_id, tenant)
@@ -135,7 +135,7 @@ class Hub:
             while not record.terminal and (left := self._patience(give_up)) > 0:
                 await _set_within(ended, left)
                 ended.clear()
-                record = await self._patiently(self._ledger.get(job_id, tenant)) or record
+                record = await self._patiently(self._ledger.get(job_id, tenant), outages) or record
             return record
         finally:
             self._waiting[job_id].discard(ended)
@@ -174,10 +174,10 @@ class Hub:
     async def follow(self, job_id: str, tenant: str | None, *, after: int = -1) -> AsyncGenerator[list[Event], None]:
         """The job's events above `after` in order, [] at a tick of silence, until it has ended.
 
-        Raises JobNotFound, LedgerUnavailable at once if the first read fails, later only when Redis stays away for
-        OUTAGE_SECONDS, and Conflict where events that were told are lost (`event_log.log`).
+        Raises JobNotFound at once; LedgerUnavailable at once if the first read fails, later only when Redis stays away
+        for OUTAGE_SECONDS or has lost the job; and Conflict where events that were told are lost (`event_log.log`).
         """
-        place = Place(self._ledger, job_id, tenant, after)
+        place, outages = Place(self._ledger, job_id, tenant, after), self._num_outages
         yield await place.read_log()
         with self.watch(job_id, place.after) as watch:
             behind = watch.joined_late
@@ -190,13 +190,22 @@ class Hub:
                     behind = place.missing
                 if behind:
                     watch.lagged = False
-                    yield await self._patiently(place.read_log()) or []
-                    behind = place.more
+                    events = await self._patiently(place.read_log(), outages)
+                    yield events or []
+                    behind = place.more or events is None
 
-    async def _patiently(self, asking: Awaitable[T]) -> T | None:
-        """An answer of the ledger; None while Redis is away for no longer than a restart takes: the next tick asks."""
+    async def _patiently(self, asking: Awaitable[T], outages: int) -> T | None:
+        """An answer of the ledger; None while Redis is away for no longer than a restart takes: the next tick asks.
+
+        outages: how many there had been when the wait began. A job that is gone after another one was lost, and not
+        deleted.
+        """
         try:
             return await asking
+        except JobNotFound:
+            if self._num_outages == outages:
+                raise
+            raise LedgerUnavailable(LOST_JOB, retry_after=1) from None
         except LedgerUnavailable:
             if self.outage_seconds > OUTAGE_SECONDS:
                 raise
@@ -229,6 +238,9 @@ class Hub:
         ids = [self._ended_id, self._wake_id, *(f"{stream.last + 1}-0" for stream in self._streams.values())]
         command = ("XREAD", "COUNT", ENTRIES_PER_READ, "BLOCK", BLOCK_MS, "STREAMS", *keys, *ids)
         answer = list(_by_stream(await self._reader.execute_command(*command)))
+        if self._failing_since is not None:
+            self._failing_since = None
+            self._look_again()
         for key, entries in answer:
             if key == self._wake_key:
                 self._wake_id = entries[-1][0].decode()
