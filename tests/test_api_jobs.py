@@ -329,6 +329,48 @@ def test_a_bad_key_is_refused_by_name(http, key):
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "Idempotency-Key")
 
 
+def test_keys_are_looked_up_in_the_order_of_the_request(api, http):
+    api.worker.paused = True
+    keys = [names.new_job_id() for _ in range(3)]
+    first, second = (
+        http.post("/v1/jobs", json=job("say hi"), headers={"Idempotency-Key": key}).json()["id"] for key in keys[:2]
+    )
+    http.post(f"/v1/jobs/{second}/cancel")
+
+    found = http.post("/v1/jobs/lookup", json={"idempotency_keys": [*keys[::-1], keys[0]]})
+    http.delete(f"/v1/jobs/{second}")
+    deleted = http.post("/v1/jobs/lookup", json={"idempotency_keys": keys[1:2]})
+
+    known = {"idempotency_key": keys[0], "job_id": first, "status": "queued"}
+    assert (found.status_code, found.json()["object"]) == (200, "list")
+    assert found.json()["data"] == [
+        {"idempotency_key": keys[2], "job_id": None, "status": None},
+        {"idempotency_key": keys[1], "job_id": second, "status": "cancelled"},
+        known,
+        known,
+    ]
+    assert deleted.json()["data"] == [{"idempotency_key": keys[1], "job_id": None, "status": None}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "idempotency_keys"),
+        ({"idempotency_keys": "key"}, "idempotency_keys"),
+        ({"idempotency_keys": []}, "idempotency_keys"),
+        ({"idempotency_keys": ["k"] * 1001}, "idempotency_keys"),
+        ({"idempotency_keys": ["k", 1]}, "idempotency_keys.1"),
+        ({"idempotency_keys": ["k", "x" * 256]}, "idempotency_keys.1"),
+        ({"idempotency_keys": [" k"]}, "idempotency_keys.0"),
+        ({"idempotency_keys": ["k"], "keys": []}, "keys"),
+    ],
+)
+def test_a_bad_lookup_is_refused_by_name(http, body, param):
+    answer = http.post("/v1/jobs/lookup", json=body)
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+
+
 def test_a_repeat_of_the_sdk_finds_the_job_of_its_first_try(api, http):
     api.worker.paused = True
     body = job(f"say {names.new_job_id()}")

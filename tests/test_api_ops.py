@@ -164,6 +164,18 @@ def test_the_same_idempotency_key_of_two_tenants_makes_two_jobs(guarded):
     assert len(ids) == 2
 
 
+def test_a_tenant_looks_up_its_own_keys_alone(guarded):
+    guarded.worker.paused = True
+    asked = {"idempotency_keys": ["shared"]}
+    owner, other = ({"Authorization": f"Bearer {key_of(guarded, tenant)}"} for tenant in ("acme", "umbrella"))
+    with guarded.http() as http:
+        job = http.post("/v1/jobs", json={"body": BODY}, headers=owner | {"Idempotency-Key": "shared"}).json()["id"]
+        answers = [http.post("/v1/jobs/lookup", json=asked, headers=headers) for headers in (owner, other, {})]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 401]
+    assert [answer.json()["data"][0]["job_id"] for answer in answers[:2]] == [job, None]
+
+
 def test_on_loopback_a_placeholder_key_passes_and_a_wrong_one_of_ours_does_not(api):
     assert api.sdk(api_key="none").models.list().data
     with pytest.raises(openai.AuthenticationError):

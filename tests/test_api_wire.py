@@ -166,3 +166,12 @@ def test_a_method_that_a_path_does_not_know_is_told_all_that_it_knows(http):
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
     assert answer.headers["allow"] == "DELETE, GET, PATCH, PUT"
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "GET", "PUT", "PATCH", "DELETE"])
+def test_the_lookup_of_keys_is_no_job_of_that_id(http, method):
+    answer = http.request(method, "/v1/jobs/lookup", json={"idempotency_keys": ["k"]})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+    assert http.get("/v1/jobs/lookup/result").json()["error"]["code"] == "job_not_found"

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from starlette.responses import Response
 
 from inferfleet.tasks import names
@@ -28,7 +28,15 @@ from inferfleet.workers.api.sse import KEEP_ALIVE, EventStream, frame
 from inferfleet.workers.api.waiting import CLIENT_LEFT, ClientGone, unless_gone
 
 JOB_ID = re.compile(r"job_[0-9a-f]{32}")
+#: A path that looks like a job's and is none.
+LOOKUP = "/v1/jobs/lookup"
 METADATA = re.compile(r"metadata\[(.{1,64})\]")
+
+
+def no_word_for_an_id(request: Request) -> None:
+    """What takes an id takes LOOKUP too, with the methods that this does not know."""
+    if request.url.path == LOOKUP and request.scope["endpoint"] is not lookup_jobs:
+        raise HTTPException(405)
 
 
 def only_known_filters(request: Request) -> None:
@@ -44,7 +52,8 @@ def known_id(job_id: Annotated[str, path_id(JOB_ID.pattern)]) -> str:
 
 
 JobId = Annotated[str, Depends(known_id)]
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(only_known_filters)])
+CHECKS = [Depends(no_word_for_an_id), Depends(only_known_filters)]
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=CHECKS)
 
 
 @router.post("", status_code=202, openapi_extra=openapi.CREATE_JOB)
@@ -91,6 +100,18 @@ async def list_jobs(
     page = await use.ledger.list(tenant, status, model, metadata or None, after, limit)
     data = [job.model_dump(mode="json") for job in await shown(request, use, page.jobs)]
     return page_response(data, page.has_more)
+
+
+@router.post("/lookup", openapi_extra=openapi.LOOKUP_JOBS)
+async def lookup_jobs(request: Request, tenant: Tenant, use: Use) -> Response:
+    """Which idempotency keys have a job: after a failover that lost the last moments, submit the others again. A key is
+    known as long as its job is kept: until result_ttl_seconds after its end (dead_letter_ttl_seconds for a dead
+    letter), or until the job is deleted."""
+    asked = await read_contract(request, use.settings.max_body_bytes, parser(openapi.JobLookup))
+    found = await use.ledger.lookup(tenant, asked.idempotency_keys)
+    jobs = [(key, found[key]) for key in asked.idempotency_keys]
+    data = [{"idempotency_key": key, "job_id": job and job.job_id, "status": job and job.state} for key, job in jobs]
+    return json_response({"object": "list", "data": data})
 
 
 @router.get("/{job_id}", openapi_extra=openapi.GET_JOB)

@@ -1,10 +1,11 @@
 """The OpenAPI document's bodies and answers, written by hand where routes read raw bytes."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
+from inferfleet.tasks.calls import MAX_KEY_CHARS
 from inferfleet.tasks.contracts import (
     ChatCompletionRequest,
     Contract,
@@ -16,9 +17,13 @@ from inferfleet.tasks.contracts import (
     UnixSeconds,
 )
 from inferfleet.tasks.job_object import Job
+from inferfleet.tasks.lookup import MAX_KEYS
+from inferfleet.tasks.names import State
 
 REF = "#/components/schemas/{model}"
 EDIT_FORM = "ImageEditForm"
+#: Of an idempotency key.
+KEY_PATTERN = "^[!-~]([ -~]{0,253}[!-~])?$"
 
 
 class ErrorBody(BaseModel):
@@ -150,6 +155,30 @@ class JobUpdate(Contract):
     deadline: UnixSeconds | None = None
 
 
+class JobLookup(Contract):
+    """Idempotency keys of the caller's, to be asked for their jobs."""
+
+    idempotency_keys: Annotated[
+        list[Annotated[str, Field(max_length=MAX_KEY_CHARS, json_schema_extra={"pattern": KEY_PATTERN})]],
+        Field(min_length=1, max_length=MAX_KEYS),
+    ]
+
+
+class KeyAnswer(BaseModel):
+    """An idempotency key and its job: its id and state, or null where the ledger holds none."""
+
+    idempotency_key: str
+    job_id: str | None
+    status: State | None
+
+
+class JobLookupAnswer(BaseModel):
+    """The keys in the order of the request."""
+
+    object: str
+    data: list[KeyAnswer]
+
+
 class ModelCard(BaseModel):
     """A served model; `status` is ready, loading, or unserved when only the settings name it. More as its kind has."""
 
@@ -178,7 +207,8 @@ class ModelList(BaseModel):
 
 MODELS: tuple[type[BaseModel], ...] = (
     ChatCompletionRequest, ChatCompletion, ResponseRequest, ResponseAnswer, InputItems, ImageGenerationRequest,
-    ImageEditRequest, ImagesAnswer, JobRequest, JobUpdate, Job, JobPageAnswer, ModelCard, ModelList, ErrorAnswer,
+    ImageEditRequest, ImagesAnswer, JobRequest, JobUpdate, Job, JobPageAnswer, JobLookup, JobLookupAnswer, ModelCard,
+    ModelList, ErrorAnswer,
 )  # fmt: skip
 
 
@@ -247,7 +277,7 @@ def header(name: str, text: str, **schema: Any) -> dict[str, Any]:
 def key_header(what: str) -> dict[str, Any]:
     """A space at either end of a header is not part of it."""
     text = f"1 to 255 printable characters; the same key and body give the same {what}"
-    return header("Idempotency-Key", text, pattern="^[!-~]([ -~]{0,253}[!-~])?$", maxLength=255)
+    return header("Idempotency-Key", text, pattern=KEY_PATTERN, maxLength=MAX_KEY_CHARS)
 
 
 KEY = key_header("job")
@@ -308,6 +338,7 @@ CREATE_JOB = body(JobRequest) | {"parameters": [KEY, PREFER]} | answers(
 )  # fmt: skip
 PUT_JOB = body(JobRequest) | answers({"202": _ACCEPTED}, *BODY_ERRORS, 404, 409, 429)
 LIST_JOBS = answers({"200": answer("one page", JobPageAnswer)}, 404, 422)
+LOOKUP_JOBS = body(JobLookup) | answers({"200": answer("the keys' jobs", JobLookupAnswer)}, *BODY_ERRORS)
 GET_JOB = answers({"200": _JOB}, 404, 422)
 PATCH_JOB = body(JobUpdate) | answers({"200": _JOB}, *BODY_ERRORS, 404, 409)
 CANCEL_JOB = answers({"202": answer("the job, cancelling or cancelled", Job)}, 404, 409)

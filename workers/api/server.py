@@ -216,7 +216,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> set[str]:
     """Of all routes with this path: Starlette names those of the first one alone."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, Route)]
-    found = [route for route in routes if route.path_regex.match(request.url.path)]
+    found = [route for route in routes if route.path == request.url.path]  # no id, though it may look like one
+    found = found or [route for route in routes if route.path_regex.match(request.url.path)]
     # A model's name may hold slashes, so /v1/queues/{model} takes /v1/queues/a/pause too; nobody means that one.
     named = [route for route in found if not route.path.endswith(":path}")] or found
     return set().union(*(route.methods or set() for route in named))
