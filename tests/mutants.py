@@ -76,6 +76,26 @@ MUTANTS = (
     Mutant("11 maxmemory reached", "a refused write is a 503 that can be repeated",
            "tasks/ledger.py", "REFUSALS = (exceptions.OutOfMemoryError, ", "REFUSALS = (",
            "test_faults.py::test_a_redis_without_memory_is_a_503_and_takes_jobs_again_once_it_has_some"),
+    Mutant("12 failover to a replica that lagged: a claim that it never saw", "a fence is never below the server's time",
+           "tasks/lua/records.lua", "whole(math.max(tonumber(last) + 1, NOW_US))", "whole(tonumber(last) + 1)",
+           "test_failover.py::test_a_claim_that_the_replica_never_saw_bears_another_fence_than_the_next"),
+    Mutant("12 failover: words of a job that runs", "each publication names the one before it",
+           "tasks/lua/records.lua", "if last == '' or tokens_of(job)[last] then return false end",
+           "if true then return false end",
+           "test_failover.py::test_a_job_whose_last_words_were_lost_goes_on_from_the_log_without_a_death"),
+    Mutant("12 failover: ends of a batch's lines", "a commit that is ahead of the shelf is stale",
+           "tasks/lua/batch_commit.lua", "if tonumber(batch.lines) < tonumber(ARGV[3]) then return 'stale' end", "",
+           "test_failover.py::test_lines_of_a_batch_whose_ends_were_lost_are_not_taken_for_written"),
+    Mutant("12 failover: events that receivers know", "an event's id is made of its type too",
+           "tasks/lua/outbox.lua", "event.subject .. ' ' .. event.type .. ' ' .. event.key",
+           "event.subject .. ' ' .. event.key",
+           "test_failover.py::test_another_event_of_a_job_has_another_id_though_it_has_the_same_number"),
+    Mutant("12 failover: events that readers have seen", "a reader's last event is compared with the log",
+           "workers/api/hub.py", "            self._look_again()\n", "            pass\n",
+           "test_failover.py::test_a_fleet_goes_on_behind_a_failover_and_a_producer_finds_what_was_lost"),
+    Mutant("12 failover: whoever waits for a lost job", "a job that is gone after an outage is a 503, which SDKs repeat",
+           "workers/api/hub.py", "            if self._num_outages == outages:\n", "            if True:\n",
+           "test_failover.py::test_a_client_that_waits_for_a_job_that_is_lost_sends_it_again_by_itself"),
     Mutant("13 RST on idle connections", "a connection that was cut is made anew",
            "tasks/ledger.py", ", supported_errors=BROKEN", "",
            "test_lost_replies.py::test_connections_that_were_cut_while_uvloop_held_them_are_made_anew"),
@@ -188,9 +208,9 @@ Each row: what happens, what keeps the promise, the test, what was switched off 
 |---|---|---|---|---|
 """
 TAIL = """
-Not promised: a failover to a replica that lags (fault 12). The fleet speaks to one Redis; what a replica had not seen
-is gone with the old server, and a client that asks again with its idempotency key makes the job again. OOM (fault 18)
-is tested as what it is to the fleet, an engine process that is gone. A real SIGSTOP (fault 2) is in
+A failover to a replica that lagged (fault 12) loses what the replica had not seen: that cannot be helped here, but is
+noted (`redis_failed_over`, a metric), and producers find out with `inferfleet jobs lookup` which of their idempotency
+keys are gone. OOM (fault 18) is tested as what it is to the fleet, an engine process that is gone. A real SIGSTOP (fault 2) is in
 `test_worker_faults.py`; it stays green without the fence, because the woken worker asks the ledger before it writes:
 the fence is the second wall, so it is tested by hand. A clock that is off (fault 19) is the wall clock as Python sees
 it in the worker's process.
