@@ -116,6 +116,8 @@ def replica(redis_binary_path: str, own_redis: RedisServer, tmp_path: Path) -> I
     server = RedisServer(redis_binary_path, folder)
     server.start()
     with ChaosProxy(own_redis.port) as link:
+        with redis.Redis(port=own_redis.port) as primary:
+            primary.config_set("repl-diskless-sync-delay", 0)
         with redis.Redis(port=server.port) as admin:
             admin.replicaof("127.0.0.1", link.port)
             until(lambda: admin.info("replication")["master_link_status"] == "up")

@@ -1,12 +1,15 @@
-"""`inferfleet jobs`: list, show, wait, cancel, retry, output."""
+"""`inferfleet jobs`: list, show, wait, cancel, retry, output, lookup."""
 
+import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from inferfleet.tasks.errors import JobNotFound, NotTerminal, OutputNotFound, from_dict
+from inferfleet.tasks.calls import MAX_KEY_CHARS, check_idempotency_key
+from inferfleet.tasks.errors import InvalidRequest, JobNotFound, NotTerminal, OutputNotFound, from_dict
+from inferfleet.tasks.lookup import MAX_KEYS
 from inferfleet.tasks.names import TERMINAL
 from inferfleet.workers.cli_calls import call_verb
 from inferfleet.workers.cli_http import ApiClient, path_to
@@ -20,7 +23,7 @@ from inferfleet.workers.cli_options import (
     complete_models,
     key_values,
 )
-from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page
+from inferfleet.workers.cli_output import EXIT_JOB, age, out, print_facts, print_json, print_page, print_table
 from inferfleet.workers.cli_saving import Target, finish, refuse_mixed
 from inferfleet.workers.loading import in_units
 
@@ -28,6 +31,8 @@ app = typer.Typer(no_args_is_help=True, help="Look at jobs and steer them.")
 
 #: The API holds one long poll at most this long.
 POLL_SECONDS = 30
+#: Keys of one file, so that it is read and checked as a whole before the first question.
+MAX_FILE_KEYS = 1_000_000
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id (job_…).", autocompletion=complete_jobs)]
 
@@ -126,6 +131,55 @@ def output(
         refuse_mixed(target, json=json)
         target.check(1 if index is not None else count)
         finish(client, job, target, index, json=json)
+
+
+@app.command()
+def lookup(
+    file: Annotated[
+        typer.FileText,
+        typer.Argument(metavar="FILE", help="One key a line; - is stdin.", encoding="utf-8", errors="replace"),
+    ],
+    missing: Annotated[bool, typer.Option("--missing", help="Print only the keys that no job has.")] = False,
+    json: Json = False,
+    api_url: ApiUrl = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Tell which idempotency keys have a job, as after a failover that lost the last moments.
+
+    A key is known as long as its job is kept: until the result's time to live is over, or the job is deleted.
+
+    Exit code 0 when every key has a job, 5 when not.
+    """
+    keys, found = read_keys(file), []
+    with api_client(api_url, api_key) as client:
+        for start in range(0, len(keys), MAX_KEYS):
+            asked = {"idempotency_keys": keys[start : start + MAX_KEYS]}
+            found += client.request("POST", "/v1/jobs/lookup", body=asked)["data"]
+    lost = [each for each in found if each["job_id"] is None]
+    shown = lost if missing else found
+    if json:
+        print_json({"object": "list", "data": shown})
+    elif missing:
+        sys.stdout.writelines(each["idempotency_key"] + "\n" for each in shown)
+    else:
+        rows = ((each["idempotency_key"], each["job_id"] or "-", each["status"] or "missing") for each in shown)
+        print_table(("KEY", "JOB", "STATUS"), rows)
+    if lost:
+        raise typer.Exit(EXIT_JOB)
+
+
+def read_keys(file: TextIO) -> list[str]:
+    """The keys of a file, each once. Raises InvalidRequest, naming the line that holds none."""
+    keys: dict[str, None] = {}
+    for number, line in enumerate(iter(lambda: file.readline(MAX_KEY_CHARS + 2), ""), 1):
+        key = line.removesuffix("\n")
+        check_idempotency_key(key, f"line {number}")
+        keys[key] = None
+        if len(keys) > MAX_FILE_KEYS:
+            raise InvalidRequest(f"FILE may hold at most {MAX_FILE_KEYS} keys", param="FILE")
+    if not keys:
+        raise InvalidRequest("FILE is empty: it holds one key a line", param="FILE")
+    return list(keys)
 
 
 def path_of(job_id: str) -> str:
