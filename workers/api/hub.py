@@ -190,9 +190,9 @@ class Hub:
                     behind = place.missing
                 if behind:
                     watch.lagged = False
-                    events = await self._patiently(place.read_log(), outages)
-                    yield events or []
-                    behind = place.more or events is None
+                    read = await self._patiently(place.read_log(), outages)
+                    yield read or []
+                    behind = place.more or read is None
 
     async def _patiently(self, asking: Awaitable[T], outages: int) -> T | None:
         """An answer of the ledger; None while Redis is away for no longer than a restart takes: the next tick asks.
