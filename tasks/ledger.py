@@ -171,6 +171,7 @@ class Ledger(Carrier):
     release = verb(calls.release)
     lose = verb(calls.lose)
     reap = verb(calls.reap)
+    bury = verb(calls.bury)
     sweep = verb(calls.sweep)
 
     dead_letters = verb(letters.dead_letters)
@@ -188,6 +189,8 @@ class Ledger(Carrier):
     workers = verb(roster.workers)
     put_role = verb(roster.put_role)
     roles = verb(roster.roles)
+    put_neighbour = verb(roster.put_neighbour)
+    neighbours = verb(roster.neighbours)
     put_card = verb(roster.put_card)
     cards = verb(roster.cards)
     note_server = verb(roster.note_server)
@@ -279,6 +282,7 @@ class AsyncLedger(Carrier):
     release = async_verb(calls.release)
     lose = async_verb(calls.lose)
     reap = async_verb(calls.reap)
+    bury = async_verb(calls.bury)
     sweep = async_verb(calls.sweep)
 
     dead_letters = async_verb(letters.dead_letters)
@@ -296,6 +300,8 @@ class AsyncLedger(Carrier):
     roles = async_verb(roster.roles)
     put_worker = async_verb(roster.put_worker)
     workers = async_verb(roster.workers)
+    put_neighbour = async_verb(roster.put_neighbour)
+    neighbours = async_verb(roster.neighbours)
     put_card = async_verb(roster.put_card)
     cards = async_verb(roster.cards)
     note_server = async_verb(roster.note_server)

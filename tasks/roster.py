@@ -32,6 +32,16 @@ def roles(role: str) -> Call[dict[str, dict[str, Any]]]:
     return Call("present", (f"role:{role}", ""), bodies)
 
 
+def put_neighbour(machine: str, worker: str, info: Mapping[str, Any], ttl_seconds: float) -> Call[None]:
+    """Say that a worker lives on a machine for ttl_seconds more. Zero takes it off."""
+    return Call("announce", (f"machine:{machine}", worker, to_json(info), round(ttl_seconds * 1000)), ignore)
+
+
+def neighbours(machine: str) -> Call[dict[str, dict[str, Any]]]:
+    """The workers that said so of a machine: name -> info."""
+    return Call("present", (f"machine:{machine}", ""), bodies)
+
+
 def put_card(model: str, card: Mapping[str, Any], worker: str, ttl_seconds: float) -> Call[None]:
     """Publish the card of a model that a worker serves, for ttl_seconds. Zero takes it back."""
     return Call("announce", ("model", f"{model}\n{worker}", to_json(card), round(ttl_seconds * 1000)), ignore)

@@ -40,9 +40,13 @@ class Mutant:
 
 HELD = "return (job.state == 'in_progress' or job.state == 'cancelling') and job.fence == fence"
 MUTANTS = (
-    Mutant("1 kill -9 of a worker in the middle of a batch", "leases end, and any worker's janitor takes the jobs back",
+    Mutant("1 kill -9 of a worker in the middle of a batch", "workers of its machine see that its process is gone",
+           "workers/janitor.py", "        self._bury_neighbours()\n", "        pass\n",
+           "test_worker_faults.py::"
+           "test_a_worker_that_is_gone_from_its_machine_loses_its_jobs_long_before_their_leases_end"),
+    Mutant("1 a worker that nobody hears of any more", "leases end, and any worker's janitor takes the jobs back",
            "workers/janitor.py", "        self._reap()\n", "        pass\n",
-           "test_worker_faults.py::test_a_killed_worker_s_job_goes_on_in_another_where_it_was"),
+           "test_worker_faults.py::test_a_stopped_worker_that_comes_back_writes_nothing_any_more"),
     Mutant("2 SIGSTOP longer than a lease, then SIGCONT", "every write names its claim's fence",
            "tasks/lua/records.lua", HELD, HELD.replace(" and job.fence == fence", ""),
            "test_ledger.py::test_a_stale_fence_can_change_nothing"),

@@ -10,6 +10,7 @@ import redis
 from fleet import Fleet, assert_published_once, until
 
 from inferfleet.workers.janitor import Janitor
+from inferfleet.workers.neighbours import Neighbours
 
 
 def test_a_killed_worker_s_job_goes_on_in_another_where_it_was(fleet):
@@ -25,6 +26,36 @@ def test_a_killed_worker_s_job_goes_on_in_another_where_it_was(fleet):
     assert (record.deaths, record.attempts) == (1, 2)
     assert_published_once(fleet.ledger, record, 120)
     until(lambda: not engine.is_running())
+
+
+def test_a_worker_that_is_gone_from_its_machine_loses_its_jobs_long_before_their_leases_end(fleet):
+    first = fleet.start_worker(lease_seconds=600)
+    jobs = [fleet.submit("tokens=100 step=0.01") for _ in range(4)]
+    for job_id in jobs:
+        fleet.wait_for_words(job_id, 3)
+    fleet.start_worker(lease_seconds=600)
+
+    first.kill()
+    records = [fleet.wait(job_id, 30) for job_id in jobs]
+
+    assert {(record.state, record.deaths, record.attempts) for record in records} == {("completed", 1, 2)}
+    for record in records:
+        assert_published_once(fleet.ledger, record, 100)
+
+
+def test_a_worker_that_stands_still_is_not_gone_from_its_machine(fleet):
+    first = fleet.start_worker(lease_seconds=600)
+    job_id = fleet.submit("tokens=150 step=0.01")
+    fleet.wait_for_words(job_id, 3)
+    fleet.start_worker(lease_seconds=600)
+
+    first.signal(signal.SIGSTOP)
+    time.sleep(2)
+    assert (fleet.ledger.get(job_id).state, fleet.ledger.get(job_id).deaths) == ("in_progress", 0)
+    first.signal(signal.SIGCONT)
+
+    record = fleet.wait(job_id, 30)
+    assert (record.state, record.deaths, record.attempts) == ("completed", 0, 1)
 
 
 def test_a_killed_engine_s_job_is_taken_back_at_once_and_a_fresh_engine_finishes_it(fleet):
@@ -134,7 +165,9 @@ def a_janitor(fleet):
         "result_ttl_seconds": 60,
         "dead_letter_ttl_seconds": 60,
     }
-    return Janitor(fleet.ledger, fleet.doorbell, **settings, on_reaped=lambda tally: None, upkeep=lambda: None)
+    neighbours = Neighbours(fleet.ledger, "by hand", 60)
+    return Janitor(fleet.ledger, fleet.doorbell, **settings, neighbours=neighbours, on_reaped=lambda tally: None,
+                   upkeep=lambda: None)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from inferfleet.tasks.call import Call
 from inferfleet.tasks.doorbell import Doorbell
 from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import Ledger
+from inferfleet.tasks.records import Lost
 from inferfleet.workers import logs
+from inferfleet.workers.neighbours import Neighbours
 
 log = logs.get("janitor")
 
@@ -40,6 +42,7 @@ class Janitor:
         max_deaths: int,
         result_ttl_seconds: float,
         dead_letter_ttl_seconds: float,
+        neighbours: Neighbours,
         on_reaped: Callable[[Counter[str]], None],
         upkeep: Callable[[], None],
     ) -> None:
@@ -52,6 +55,7 @@ class Janitor:
         self._max_deaths = max_deaths
         self._result_ttl_ms = round(result_ttl_seconds * 1000)
         self._dead_ttl_ms = round(dead_letter_ttl_seconds * 1000)
+        self._neighbours = neighbours
         self._on_reaped = on_reaped
         self._upkeep = upkeep
         self._stopping = False
@@ -83,9 +87,10 @@ class Janitor:
                 log.exception("round_broke")
 
     def round(self) -> None:
-        """Look at the server, reap, sweep, ring."""
+        """Look at the server and at neighbours, reap, sweep, ring."""
         if self._ledger.note_server():
             log.error("redis_failed_over", advice=COMPARE)
+        self._bury_neighbours()
         self._reap()
         swept = self._ledger.sweep(BATCH, result_ttl_ms=self._result_ttl_ms, dead_ttl_ms=self._dead_ttl_ms)
         if swept.expired or swept.deleted:
@@ -103,8 +108,18 @@ class Janitor:
         while reaped := self._ledger.reap(
             BATCH, self._max_deaths, silence_ms=self._silence_ms, lease_ms=self._lease_ms
         ):
-            for job_id, how in reaped:
-                log.warning("job_taken_back", job_id=job_id, how=how)
-            self._on_reaped(Counter(how for _, how in reaped))
+            self._tell(reaped)
             if len(reaped) < BATCH:
                 return
+
+    def _bury_neighbours(self) -> None:
+        for worker in self._neighbours.gone():
+            lost = self._ledger.bury(worker, self._max_deaths)
+            self._neighbours.forget(worker)
+            log.warning("worker_gone", worker=worker, jobs=len(lost))
+            self._tell(lost)
+
+    def _tell(self, lost: list[tuple[str, Lost]]) -> None:
+        for job_id, how in lost:
+            log.warning("job_taken_back", job_id=job_id, how=how)
+        self._on_reaped(Counter(how for _, how in lost))

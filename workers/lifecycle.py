@@ -34,6 +34,7 @@ from inferfleet.workers.janitor import Janitor
 from inferfleet.workers.job_events import JobEvents
 from inferfleet.workers.loading import is_due, view_for
 from inferfleet.workers.metrics import Meter, Snapshots
+from inferfleet.workers.neighbours import Neighbours
 from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.porter import Porter
 from inferfleet.workers.publisher import Publisher, publish_all
@@ -98,6 +99,7 @@ class Lifecycle:
         )
         self._cards = Cards(ledger, self.name, slots=settings.slots, heartbeat_seconds=settings.heartbeat_seconds)
         self._snapshots = Snapshots(ledger, self.name, self._meter, ttl)
+        self._neighbours = Neighbours(ledger, self.name, max(ttl, 2 * settings.lease_seconds))
         self._heart = self._make_heart()
         self._janitor = self._make_janitor(doorbell)
         self._cancels = Cancels(ledger, self._on_cancelled)
@@ -125,6 +127,7 @@ class Lifecycle:
             max_deaths=settings.max_deaths,
             result_ttl_seconds=settings.result_ttl_seconds,
             dead_letter_ttl_seconds=settings.dead_letter_ttl_seconds,
+            neighbours=self._neighbours,
             on_reaped=self._meter.reaped,
             upkeep=self._upkeep,
         )
@@ -175,6 +178,7 @@ class Lifecycle:
         try:
             self._cards.leave(self._host.residents())
             self._snapshots.leave()
+            self._neighbours.forget(self.name)
         except LedgerUnavailable as error:
             log.warning("left_without_a_word", reason=error.message)
         log.info("worker_stopped", worker=self.name)
@@ -230,6 +234,7 @@ class Lifecycle:
             state = "draining" if self._porter.closing.is_set() else "serving"
             self._cards.publish(self._host.residents(), state=state)
             self._snapshots.publish()
+            self._neighbours.announce()
 
     def _stand_in(self, resident: Resident) -> None:
         """For a model that failed here: its jobs are another worker's, or if there is none they fail here."""
