@@ -7,9 +7,7 @@ own. Where there is no /proc nobody is looked after; leases end as ever.
 
 import os
 import socket
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from inferfleet.tasks.ledger import Ledger
 
@@ -57,7 +55,7 @@ class Neighbours:
         self._ttl = ttl_seconds
         self._machine = this_machine()
         stat = stat_of(os.getpid())
-        self._info: Mapping[str, Any] | None = stat and {"pid": os.getpid(), "started": stat[STARTED]}
+        self._info = None if stat is None else {"pid": os.getpid(), "started": stat[STARTED]}
 
     def announce(self) -> None:
         """Say that this worker lives here."""
