@@ -38,6 +38,7 @@ from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.porter import Porter
 from inferfleet.workers.publisher import Publisher, publish_all
 from inferfleet.workers.resident import Resident, State
+from inferfleet.workers.rewriter import Rewriter
 from inferfleet.workers.runs.child import RunsProcess
 from inferfleet.workers.seats import Seats
 from inferfleet.workers.turns import register_turns
@@ -100,6 +101,7 @@ class Lifecycle:
         self._snapshots = Snapshots(ledger, self.name, self._meter, ttl)
         self._heart = self._make_heart()
         self._janitor = self._make_janitor(doorbell)
+        self._rewriter = Rewriter(ledger.redis)
         self._cancels = Cancels(ledger, self._on_cancelled)
         self._runs = RunsProcess(settings) if settings.run_slots else None
         register_turns(app, self._porter)
@@ -230,6 +232,7 @@ class Lifecycle:
             state = "draining" if self._porter.closing.is_set() else "serving"
             self._cards.publish(self._host.residents(), state=state)
             self._snapshots.publish()
+        self._rewriter.round()
 
     def _stand_in(self, resident: Resident) -> None:
         """For a model that failed here: its jobs are another worker's, or if there is none they fail here."""
