@@ -11,6 +11,7 @@ import uuid
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 from conftest import RedisServer, missing, redis_binary
@@ -23,7 +24,7 @@ from inferfleet.tasks.errors import LedgerUnavailable
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers import rewriter, up
 from inferfleet.workers.embedded import await_redis, start_redis, start_redis_again
-from inferfleet.workers.rewriter import Rewriter, is_due
+from inferfleet.workers.rewriter import Rewriter, has_failed, is_due
 from inferfleet.workers.torn_file import mend
 
 SCRIPTS = ("submit", "claim", "publish", "complete")
@@ -114,8 +115,8 @@ def half_done(ledger, accepted):
     size = sum(int(ledger.redis.hget(f"{ledger.prefix}job:{name.decode()}", "bytes") or 0) for name in waiting)
     if (counted := int(ledger.redis.hget(f"{ledger.prefix}bytes", "a") or 0)) != size:
         wrong.append(f"{counted} bytes are counted, and the jobs that wait have {size}")
-    ledger.reap()
     try:
+        ledger.reap()
         while taken := claim(ledger, uuid.uuid4().hex):
             ledger.complete(taken.job_id, taken.fence, state="completed", response=b"{}")
     except redis.ResponseError as error:
@@ -321,7 +322,7 @@ def test_a_redis_that_forbids_it_is_told_of_once_and_left(own_redis, said, monke
         owner.execute_command("ACL", "SETUSER", "fleet", "on", "nopass", "~*", "+@all", "-bgrewriteaof")
     with redis.Redis(port=own_redis.port, username="fleet", password="x") as client:
         rounds = Rewriter(client)
-        monkeypatch.setattr(rewriter, "RETRY_SECONDS", 0)
+        monkeypatch.setattr(rewriter, "REFUSED_SECONDS", 0)
         for _ in range(3):
             rounds.round()
     ((event, reason),) = said
@@ -349,6 +350,18 @@ def test_a_redis_that_is_away_is_no_refusal(own_redis, said):
     assert said == []
 
 
+def test_a_rewrite_that_failed_is_told_of_once(own_redis, said):
+    with redis.Redis(port=own_redis.port) as client:
+        client.set("key", os.urandom(300_000))  # no new file has room for it
+        psutil.Process(own_redis.process.pid).rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
+        rounds = Rewriter(client)
+        rounds.round()
+        until(lambda: has_failed(client.info("persistence")))
+        for _ in range(3):
+            rounds.round()
+    assert [event for event, _ in said] == ["append_only_file_not_rewritten"]
+
+
 FRESH = {"aof_enabled": 1, "aof_last_rewrite_time_sec": -1, "aof_last_bgrewrite_status": "ok"}
 
 
@@ -357,7 +370,7 @@ FRESH = {"aof_enabled": 1, "aof_last_rewrite_time_sec": -1, "aof_last_bgrewrite_
     [
         ({}, True),
         ({"aof_last_rewrite_time_sec": 0}, False),
-        ({"aof_last_rewrite_time_sec": 0, "aof_last_bgrewrite_status": "err"}, True),
+        ({"aof_last_bgrewrite_status": "err"}, False),
         ({"loading": 1}, False),
         ({"aof_rewrite_in_progress": 1}, False),
         ({"aof_rewrite_scheduled": 1}, False),

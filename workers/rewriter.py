@@ -1,8 +1,9 @@
 """Has Redis write its append-only file anew once after each of its starts, whoever starts it.
 
-A Redis that died in the middle of a write may go on writing behind the half of a script (torn_file.py), and lose or
-damage what stands around it at its next start. From outside nobody sees that; a new file holds what is in memory, and
-nothing of that half. Redis itself knows whether it has written one since its start, so nobody else has to remember.
+A Redis that died in the middle of a write may go on writing behind the half of a script (torn_file.py). From outside
+nobody sees that; a new file holds what is in memory, and nothing of that half. Redis itself knows whether it has
+written one since its start, so nobody else has to remember. One that dies again before the new file is whole may refuse
+its next start ("the truncated file is not the last file"), but has cut the old one rightly then: the next goes well.
 """
 
 import time
@@ -17,7 +18,8 @@ from inferfleet.workers import logs
 
 log = logs.get("rewriter")
 
-RETRY_SECONDS = 60.0
+#: A server that refuses is left alone for so long.
+REFUSED_SECONDS = 600.0
 #: What a server says that was asked twice.
 RUNNING = "already in progress"
 
@@ -31,43 +33,35 @@ class Rewriter:
         self._told = ""
 
     def round(self) -> None:
-        """Look, and ask if it is due. A server that refuses is told of once, and asked again now and then.
-
-        Raises LedgerUnavailable.
-        """
+        """Look, and ask if it is due. Raises LedgerUnavailable; what else is in the way is told of once."""
         if time.monotonic() < self._quiet_until:
             return
         with as_unavailable():
             try:
-                self._ask_if_due(self._client.info("persistence"))
+                info = self._client.info("persistence")
+                self._tell("it failed; the log of Redis says why" if has_failed(info) else "")
+                if is_due(info):
+                    self._client.bgrewriteaof()
+                    log.info("append_only_file_rewrite_asked")
             except exceptions.ResponseError as error:
                 if refuses_writes(error):
                     raise
                 if RUNNING not in str(error):
-                    self._wait(str(error))
+                    self._quiet_until = time.monotonic() + REFUSED_SECONDS
+                    self._tell(str(error))
 
-    def _ask_if_due(self, info: Mapping[str, Any]) -> None:
-        if not is_due(info):
-            return
-        if has_failed(info):
-            self._wait("the last rewrite failed; the log of Redis says why")
-        self._client.bgrewriteaof()
-        log.info("append_only_file_rewrite_asked")
-
-    def _wait(self, reason: str) -> None:
-        self._quiet_until = time.monotonic() + RETRY_SECONDS
-        if reason != self._told:
+    def _tell(self, reason: str) -> None:
+        if reason and reason != self._told:
             log.warning("append_only_file_not_rewritten", reason=reason)
-            self._told = reason
+        self._told = reason or self._told
 
 
 def is_due(info: Mapping[str, Any]) -> bool:
-    """Whether a server, by its INFO persistence, has to be asked: it writes a file, and wrote no new one since its
-    start. Not while it cannot write: a rewrite that fails leaves the file in two parts, of which it mends the last."""
+    """Whether a server, by its INFO persistence, has to be asked: it keeps a file, and nobody had it write a new one
+    since its start. Not before the disk takes writes. One that failed is not repeated, because each leaves a file."""
     busy = info.get("loading") or info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled")
     writes = info.get("aof_enabled") and info.get("aof_last_write_status", "ok") == "ok"
-    done = info.get("aof_last_rewrite_time_sec", -1) >= 0 and not has_failed(info)
-    return bool(writes and not busy and not done)
+    return bool(writes and not busy and not has_failed(info) and info.get("aof_last_rewrite_time_sec", -1) < 0)
 
 
 def has_failed(info: Mapping[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """Mends an append-only file whose last write was cut by a kill, a power cut or a full disk. Run before the server.
 
-What a script writes stands in the file as MULTI, its commands, EXEC. A server that meets the end of its file inside a
-command cuts behind the last whole one (Redis up to 8, Valkey up to 9), which may be inside a MULTI, and goes on writing
-there: its next start loses what came after that MULTI alone, and runs the half of a script with the next whole one.
+What a script writes stands in the file as MULTI, its commands, EXEC. Redis 7.0 that meets the end of its file inside a
+command cuts behind the last whole one, which may be inside a MULTI, and goes on writing there: its next start runs the
+half of a script together with the next whole one, or loses what came after it alone. Valkey 9.1 cuts before the MULTI.
 """
 
 import mmap
