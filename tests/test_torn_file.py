@@ -4,6 +4,7 @@ The file ends inside what a script wrote: MULTI, its commands, EXEC. Redis 7.0.1
 command and goes on writing there; its start after that runs the half of the script with whatever came behind it.
 """
 
+import errno
 import functools
 import os
 import shutil
@@ -20,7 +21,7 @@ from invariants import Accepted, ownerless, strangers, unrest
 from ledger_moves import claim, submit
 from test_ledger_server import valkey_binary
 
-from inferfleet.tasks.errors import LedgerUnavailable
+from inferfleet.tasks.errors import LedgerUnavailable, SetupError
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.workers import rewriter, up
 from inferfleet.workers.embedded import await_redis, start_redis, start_redis_again
@@ -254,11 +255,33 @@ def test_where_there_is_no_file_yet_there_is_nothing_to_mend(tmp_path, redis_bin
     assert mend(redis_binary_path, tmp_path, 30) == 0
     (tmp_path / "appendonly.aof").touch()
     assert mend(redis_binary_path, tmp_path, 30) == 0
+    (tmp_path / "appendonlydir").mkdir()
+    (tmp_path / "appendonlydir" / "appendonly.aof.manifest").write_text("file gone.1.incr.aof seq 1 type i\n")
+    assert mend(redis_binary_path, tmp_path, 30) == 0
 
 
 def test_a_server_that_is_no_checker_leaves_the_file_as_it_is(tmp_path):
     (tmp_path / "appendonly.aof").write_bytes(ONE[:-4])
     assert mend("/bin/true", tmp_path, 30) == 0
+
+
+def test_a_check_that_does_not_end_and_a_file_that_cannot_be_written_are_told(tmp_path, redis_binary_path, monkeypatch):
+    (tmp_path / "appendonly.aof").write_bytes(ONE[:-4])
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o700)
+    with pytest.raises(SetupError, match="did not end within 0 s") as error:
+        mend(str(slow), tmp_path, 0.1)
+    assert error.value.param == "data_dir"
+
+    def read_only(path, mode):
+        if "+" in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open(path, mode)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(SetupError, match=r"cannot mend .*appendonly\.aof: Read-only file system"):
+        mend(redis_binary_path, tmp_path, 30)
 
 
 # A Redis that others start -------------------------------------------------------------------------------------------

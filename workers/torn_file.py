@@ -31,20 +31,12 @@ def mend(binary: str, folder: Path, seconds: float) -> int:
 
     binary: the server's, which is its own checker under another name; seconds: its patience with a long file.
     Answers how many bytes were taken off. A file that is damaged anywhere else is left alone, for the server to refuse.
-    Raises SetupError when the file cannot be written.
+    Raises SetupError when the file cannot be written, or the check does not end.
     """
     path = _last_part(folder)
-    if path is None or path.stat().st_size == 0:
+    if not path.exists() or path.stat().st_size == 0:
         return 0
-    checker = subprocess.run(
-        ["redis-check-aof", str(path)],
-        executable=binary,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=seconds,
-        check=False,
-    )
-    good = GOOD.search(checker.stdout.decode(errors="replace"))
+    good = GOOD.search(_report(binary, path, seconds))
     if good is None:  # not a checker at all
         return 0
     end, start = path.stat().st_size, int(good[1])
@@ -58,13 +50,23 @@ def mend(binary: str, folder: Path, seconds: float) -> int:
     return end - start
 
 
-def _last_part(folder: Path) -> Path | None:
+def _report(binary: str, path: Path, seconds: float) -> str:
+    """What the checker says; it reads alone."""
+    command = ["redis-check-aof", str(path)]
+    try:
+        done = subprocess.run(
+            command, executable=binary, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SetupError(f"the check of {path} did not end within {seconds:.0f} s", param="data_dir") from None
+    return done.stdout.decode(errors="replace")
+
+
+def _last_part(folder: Path) -> Path:
+    """It may not be there."""
     manifest = folder / MANIFEST
-    if manifest.exists():
-        parts = PART.findall(manifest.read_text())
-        return manifest.with_name(parts[-1]) if parts else None
-    alone = folder / ALONE
-    return alone if alone.exists() else None
+    parts = PART.findall(manifest.read_text()) if manifest.exists() else []
+    return manifest.with_name(parts[-1]) if parts else folder / ALONE
 
 
 def _is_unfinished(path: Path, start: int) -> bool:
