@@ -4,7 +4,6 @@ The ledger is the only truth about jobs, so the server is never run with its def
 second), no eviction, a random password, loopback only.
 """
 
-import contextlib
 import os
 import platform
 import secrets
@@ -19,6 +18,7 @@ import redis
 from redis import exceptions
 
 from inferfleet.workers.processes import Child, start_child
+from inferfleet.workers.torn_file import mend
 
 #: Reading the append-only file of a long life may take minutes; a server that ends is noticed at once.
 READY_SECONDS = 600.0
@@ -45,6 +45,8 @@ class EmbeddedRedis:
     child: Child
     url: str
     binary: str
+    #: Bytes of an unfinished write that were taken out of its file before it started.
+    mended: int
 
 
 def find_server() -> Path | None:
@@ -73,17 +75,19 @@ def start_redis(binary: Path, folder: Path, log: Path) -> EmbeddedRedis:
     """Runs `binary` on a free loopback port with its data in `folder`. Raises ChildFailed if it does not come up."""
     folder.mkdir(parents=True, exist_ok=True)
     port, password = free_port(), secrets.token_urlsafe(24)
+    mended = mend(str(binary), folder, READY_SECONDS)
     child = _launch(str(binary), folder, log, port, password)
     url = f"redis://:{password}@127.0.0.1:{port}/0"
     await_redis(child, url)
-    return EmbeddedRedis(child, url, str(binary))
+    return EmbeddedRedis(child, url, str(binary), mended)
 
 
 def start_redis_again(server: EmbeddedRedis, folder: Path, log: Path) -> EmbeddedRedis:
     """The server on its port, with its password and its data; it may not have read them yet."""
     url = urlsplit(server.url)
     assert url.port is not None and url.password is not None
-    return replace(server, child=_launch(server.binary, folder, log, url.port, url.password))
+    mended = mend(server.binary, folder, READY_SECONDS)
+    return replace(server, child=_launch(server.binary, folder, log, url.port, url.password), mended=mended)
 
 
 def _launch(binary: str, folder: Path, log: Path, port: int, password: str) -> Child:
@@ -93,15 +97,9 @@ def _launch(binary: str, folder: Path, log: Path, port: int, password: str) -> C
 
 
 def await_redis(child: Child, url: str) -> None:
-    """Waits until the server has read its data, and has it write them anew. Raises ChildFailed.
-
-    A server that died in the middle of a write leaves half a transaction at the end of its append-only file. Redis 7.0
-    cuts it behind the last whole command, and would run that half at the start after this one.
-    """
+    """Waits until the server has read its data. Raises ChildFailed."""
     with redis.Redis.from_url(url, socket_timeout=PING_SECONDS, retry=None) as client:
         child.wait_until(lambda: _answers(client), READY_SECONDS, "read its data")
-        with contextlib.suppress(exceptions.RedisError):  # one that cannot write says so to everybody
-            client.bgrewriteaof()
 
 
 def free_port(host: str = "127.0.0.1") -> int:

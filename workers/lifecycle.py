@@ -39,6 +39,7 @@ from inferfleet.workers.outputs import OutputWriter
 from inferfleet.workers.porter import Porter
 from inferfleet.workers.publisher import Publisher, publish_all
 from inferfleet.workers.resident import Resident, State
+from inferfleet.workers.rewriter import Rewriter
 from inferfleet.workers.runs.child import RunsProcess
 from inferfleet.workers.seats import Seats
 from inferfleet.workers.turns import register_turns
@@ -102,6 +103,7 @@ class Lifecycle:
         self._neighbours = Neighbours(ledger, self.name, max(ttl, 2 * settings.lease_seconds))
         self._heart = self._make_heart()
         self._janitor = self._make_janitor(doorbell)
+        self._rewriter = Rewriter(ledger.redis)
         self._cancels = Cancels(ledger, self._on_cancelled)
         self._runs = RunsProcess(settings) if settings.run_slots else None
         register_turns(app, self._porter)
@@ -235,6 +237,7 @@ class Lifecycle:
             self._cards.publish(self._host.residents(), state=state)
             self._snapshots.publish()
             self._neighbours.announce()
+        self._rewriter.round()
 
     def _stand_in(self, resident: Resident) -> None:
         """For a model that failed here: its jobs are another worker's, or if there is none they fail here."""

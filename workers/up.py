@@ -18,7 +18,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from inferfleet.tasks.errors import FleetError, SetupError
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import local_url
 from inferfleet.workers.cli_http import SHORT, ApiClient
-from inferfleet.workers.embedded import EmbeddedRedis, await_redis, find_server, start_redis, start_redis_again
+from inferfleet.workers.embedded import EmbeddedRedis, find_server, start_redis, start_redis_again
 from inferfleet.workers.keys import digest, is_loopback, new_key
 from inferfleet.workers.loading import Loading
 from inferfleet.workers.processes import Child, ChildFailed, start_child
@@ -160,13 +160,17 @@ class Fleet:
         self.redis = start_redis(binary, self.plan.folder / "redis", self._log("redis"))
         self.redis_url = self.redis.url
         self.report.phase("redis", time.monotonic() - started, str(binary))
+        self._tell_of_mending()
 
     def _start_redis_again(self) -> None:
         """On the port, with the password and the data of before: the others know no other, and they wait for it."""
         assert self.redis is not None
         self.redis = start_redis_again(self.redis, self.plan.folder / "redis", self._log("redis"))
-        settle = threading.Thread(target=_settle, args=(self.redis.child, self.redis.url), name="redis", daemon=True)
-        settle.start()
+        self._tell_of_mending()
+
+    def _tell_of_mending(self) -> None:
+        if self.redis is not None and self.redis.mended:
+            self.report.note(f"redis died in a write: {self.redis.mended} unfinished bytes were taken out of its file")
 
     def _make_first_key(self, ledger: Ledger) -> None:
         """Beyond loopback the API wants a key to exist, and nobody can make one before our Redis runs."""
@@ -306,12 +310,6 @@ def _signals(fleet: Fleet) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _settle(child: Child, url: str) -> None:
-    """In a thread of its own: who watches the children sees by himself if this one ends."""
-    with suppress(ChildFailed):
-        await_redis(child, url)
 
 
 def _answers(client: ApiClient) -> bool:

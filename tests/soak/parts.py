@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
-import redis
 from chaosproxy import ChaosProxy
 from conftest import RedisServer, free_port
 from fleet import WorkerProcess
@@ -19,6 +18,7 @@ from swift_s3 import SwiftServer
 from inferfleet.tasks.ledger import Ledger
 from inferfleet.tasks.settings import Settings
 from inferfleet.tasks.stores import open_store
+from inferfleet.workers.torn_file import mend
 
 NAMESPACE = "soak"
 MODELS = {"m": {"path": "fake"}, "p": {"path": "image"}}
@@ -138,19 +138,14 @@ class Parts:
         return dead
 
     def start_redis(self) -> None:
-        """Again, from what it wrote; a moment passes until its port is free.
-
-        Then the file is written anew. Redis 7.0.15 cuts a file that was torn inside a script's MULTI behind the last
-        whole command, not before the MULTI: the next start would run that half of a script with the one after it.
-        """
+        """Again, from what it wrote, without an unfinished script; a moment passes until its port is free."""
+        mend(self.redis.binary, self.redis.folder, 60)
         for _ in range(50):
             try:
                 self.redis.start()
             except AssertionError:
                 time.sleep(0.1)
             else:
-                with redis.Redis(port=self.redis.port) as client:
-                    client.bgrewriteaof()
                 return
         raise AssertionError("Redis did not start again: " + (self.folder / "redis.log").read_text()[-2000:])
 
