@@ -11,6 +11,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -157,7 +158,9 @@ def _events(caller: Caller, job_id: str, after: int, last: Event | None) -> Erra
         return found
     if state in names.TERMINAL:
         return None
-    return (yield event_log.next_events(job_id, after=after))
+    # Only waits: another Redis may answer than the one that was asked, and only the log is compared with `last`.
+    yield event_log.next_events(job_id, after=after)
+    return (yield event_log.log(job_id, caller.tenant, after=after, last=last))[1]
 
 
 def _cancel(caller: Caller, job_id: str) -> Errand[Job]:
@@ -343,11 +346,11 @@ class Client(Face):
 
         Raises Conflict where Redis lost events that were told (see `event_log.log`).
         """
-        last = None
+        last: Event | None = None
         while (found := self._run(_events(self.caller, job_id, after, last))) is not None:
-            for event in found:
-                yield event
-                after, last = event["sequence_number"], event
+            if found:
+                after, last = found[-1]["sequence_number"], deepcopy(found[-1])  # whose event it is may change it
+            yield from found
 
     submit = errand(_submit)
     get = errand(_get)
@@ -406,11 +409,12 @@ class AsyncClient(Face):
 
         Raises Conflict where Redis lost events that were told (see `event_log.log`).
         """
-        last = None
+        last: Event | None = None
         while (found := await self._run(_events(self.caller, job_id, after, last))) is not None:
+            if found:
+                after, last = found[-1]["sequence_number"], deepcopy(found[-1])  # whose event it is may change it
             for event in found:
                 yield event
-                after, last = event["sequence_number"], event
 
     submit = async_errand(_submit)
     get = async_errand(_get)

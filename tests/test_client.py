@@ -194,7 +194,7 @@ def test_pictures_of_another_tenant_or_of_a_deleted_job_are_not_there(make, ledg
 def test_a_picture_that_is_not_what_was_written_is_told(client, ledger):
     job_id = client.submit(IMAGE).id
     paint(ledger)
-    ledger.redis.set(f"{ledger.prefix}output:{names.output_id(job_id, 1, 0)}", b"exchanged")
+    ledger.redis.set(f"{ledger.prefix}output:{names.output_id(job_id, ledger.get(job_id).fence, 0)}", b"exchanged")
     with pytest.raises(OutputDamaged):
         client.output(job_id)
 
