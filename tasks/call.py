@@ -20,9 +20,10 @@ Steps = Generator["Call[Any]", Any, T]
 
 SCRIPTS = Path(__file__).parent / "lua"
 
-#: First word of a script's name -> what stands in front of it, where that is not records.lua, queue.lua and outbox.lua.
+#: What stands in front of a script.
+USUAL = ("records", "queue", "outbox", "quotas")
+#: First word of a script's name -> what stands in front of it, where that is something else.
 SHARED = {
-    "submit": ("records", "queue", "outbox", "quotas"),
     "file": ("records", "shelf"),
     "batch": ("records", "queue", "outbox", "shelf", "batches"),
     "run": ("records", "runs"),
@@ -43,7 +44,7 @@ def script_text(name: str) -> str:
     """The whole Lua text of a script: the errors as JSON, what it shares with others, the script itself."""
     codes = ("deadline_exceeded", "start_timeout", "worker_lost", "cancelled")
     errors = ", ".join(f"{code} = [==[{json.dumps(BY_CODE[code]().to_dict())}]==]" for code in codes)
-    shared = SHARED.get(name.partition("_")[0], ("records", "queue", "outbox"))
+    shared = SHARED.get(name.partition("_")[0], USUAL)
     parts = [(SCRIPTS / f"{part}.lua").read_text() for part in (*shared, name)]
     return f"local ERRORS = {{{errors}}}\n" + "\n".join(parts)
 

@@ -4,7 +4,7 @@ import time
 
 import openai
 import pytest
-from ledger_moves import claim, submit
+from ledger_moves import PAST, claim, submit
 from live_api import running_api
 
 from inferfleet.tasks.errors import DeadlineUnmeetable, InvalidRequest, QuotaExceeded
@@ -53,6 +53,41 @@ def test_tokens_are_counted_by_the_minute_and_the_day(ledger):
     quota, limit, used, wait = refused(ledger, "job_3", tokens=90)
     assert (quota, limit, used) == ("tokens_per_day", 150, 140)
     assert 10 < wait < 86400
+
+
+def used_tokens(ledger):
+    return [
+        round(float(ledger.redis.hget(f"{ledger.prefix}quota:a", f"tokens_per_{name}"))) for name in ("minute", "day")
+    ]
+
+
+def test_tokens_that_an_ended_job_did_not_take_come_back_and_what_it_took_more_is_charged(ledger):
+    ledger.put_tenants({"a": {"tokens_per_minute": 1000, "tokens_per_day": 10_000}})
+    for job_id in ("job_1", "job_2"):
+        submit(ledger, job_id, tokens=400)
+    first, second = claim(ledger, "t1"), claim(ledger, "t2")
+    let_pass(ledger, 6)  # a hundred a minute leak away
+    ledger.complete("job_1", first.fence, state="completed", response=b"{}", usage={"total_tokens": 100})
+    assert used_tokens(ledger) == [pytest.approx(400, abs=3), pytest.approx(499, abs=3)]
+    ledger.complete("job_2", second.fence, state="failed", error={"code": "x"}, usage={"total_tokens": 450})
+    assert used_tokens(ledger) == [pytest.approx(450, abs=3), pytest.approx(549, abs=3)]
+    # of a job that runs again the last run counts
+    ledger.retry("job_2")
+    again = claim(ledger, "t3")
+    assert used_tokens(ledger)[1] == pytest.approx(549, abs=3)
+    ledger.complete("job_2", again.fence, state="completed", response=b"{}", usage={"total_tokens": 50})
+    assert used_tokens(ledger)[1] == pytest.approx(149, abs=3)
+
+
+def test_tokens_of_a_job_that_never_ran_come_back_and_those_of_one_that_says_nothing_do_not(ledger):
+    ledger.put_tenants({"a": {"tokens_per_minute": 1000, "tokens_per_day": 10_000}})
+    submit(ledger, "job_1", tokens=400)
+    submit(ledger, "job_2", tokens=300)
+    submit(ledger, "job_3", tokens=200, deadline_ms=PAST)
+    ledger.sweep(result_ttl_ms=60_000)
+    ledger.complete("job_1", claim(ledger).fence, state="failed", error={"code": "x"})
+    ledger.cancel("job_2")
+    assert used_tokens(ledger)[1] == pytest.approx(400, abs=3)
 
 
 def test_a_job_larger_than_a_whole_quota_is_wrong_and_not_early(ledger):

@@ -1,4 +1,4 @@
--- What a tenant may ask for. Stands in front of submit alone; limits are set by the settings [tenants.NAME].
+-- What a tenant may ask for; limits are set by the settings [tenants.NAME].
 --
 --   tenants           hash  tenant ('*' = whoever is not named) -> JSON: weight and limits, absent = none
 --   quota:<tenant>    hash  of each rate <name>, how much of it is used (leaks away evenly, all of the limit in its
@@ -6,10 +6,12 @@
 -- Lines of batches leave half of every quota to other work: they wait, and nobody's chat is refused for them. What has
 -- nothing before it always passes, if it is not larger than the quota itself.
 
+-- Tokens are charged by estimate when a job comes, and settled when it ends with what it took.
+
 local RATES = {
   {name = 'requests_per_minute', period_ms = 60000},
-  {name = 'tokens_per_minute', period_ms = 60000},
-  {name = 'tokens_per_day', period_ms = 86400000},
+  {name = 'tokens_per_minute', period_ms = 60000, of_tokens = true},
+  {name = 'tokens_per_day', period_ms = 86400000, of_tokens = true},
 }
 
 local function limits_of(tenant)
@@ -69,13 +71,32 @@ local function refused_by_quota(job, limits, amounts)
   end
 end
 
+local function charge_rate(tenant, rate, limit, amount)
+  local key = P .. 'quota:' .. tenant
+  local used = math.max(0, used_now(tenant, rate, limit) + amount)
+  redis.call('HSET', key, rate.name, used, rate.name .. '_ms', whole(NOW))
+  redis.call('PEXPIRE', key, 86400000)
+end
+
 local function use_quotas(job, limits, amounts)
-  local key = P .. 'quota:' .. job.tenant
   for _, rate in ipairs(RATES) do
-    if limits[rate.name] then
-      local used = used_now(job.tenant, rate, limits[rate.name])
-      redis.call('HSET', key, rate.name, used + amounts[rate.name], rate.name .. '_ms', whole(NOW))
-      redis.call('PEXPIRE', key, 86400000)
-    end
+    if limits[rate.name] then charge_rate(job.tenant, rate, limits[rate.name], amounts[rate.name]) end
+  end
+end
+
+-- Declared in records.lua. A job ends: its tenant gets back what it was charged too much, or pays the rest. What a job
+-- took that ran and says no usage is not known; one that never ran took nothing. A job that runs again after its end
+-- has paid for what it took before, so that in all its last run counts.
+settle = function(job, usage)
+  local charged = number(job.tokens)
+  if not charged then return end
+  local took = tonumber(string.match(usage, '"total_tokens":(%d+)'))
+  if not took and job.started_ms ~= '' then return end
+  took = took or 0
+  redis.call('HSET', job.key, 'tokens', whole(took))
+  local limits = limits_of(job.tenant)
+  for _, rate in ipairs(RATES) do
+    local limit = rate.of_tokens and limits[rate.name]
+    if limit then charge_rate(job.tenant, rate, limit, took - charged) end
   end
 end

@@ -29,6 +29,7 @@
 
 local P = KEYS[1]
 local tell -- webhooks: outbox.lua, which follows, says what it does
+local settle -- quotas: quotas.lua
 local unqueue, enqueue -- out of and into the order of claims: queue.lua
 local NOW, NOW_US
 do
@@ -39,7 +40,7 @@ end
 
 local FIELDS = {'state', 'model', 'tenant', 'seq', 'fence', 'place', 'priority', 'deadline_ms', 'start_timeout_ms',
   'created_ms', 'started_ms', 'claimed_ms', 'deaths', 'attempts', 'next_seq', 'worker', 'done_fence', 'idem', 'suspect',
-  'batch', 'cost', 'affinity', 'bytes'}
+  'batch', 'cost', 'affinity', 'bytes', 'tokens'}
 local TERMINAL = {completed = true, failed = true, cancelled = true, expired = true, incomplete = true}
 
 local function number(value)
@@ -150,6 +151,7 @@ local function finish(job, state, result)
   else
     redis.call('ZADD', P .. 'finished', whole(NOW), job.id)
   end
+  settle(job, result.usage or '')
   redis.call('XADD', P .. 'ended', 'MAXLEN', '~', 1000, '*', 'id', job.id)
   emit(job, '{"type":"job.' .. state .. '","status":"' .. state .. '","error":' .. or_null(result.error) ..
     ',"usage":' .. or_null(result.usage) ..

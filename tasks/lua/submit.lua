@@ -35,6 +35,7 @@ local limits = limits_of(tenant)
 local job = {id = id, key = P .. 'job:' .. id, state = 'queued', model = model, tenant = tenant, priority = ARGV[5],
   deadline_ms = ARGV[6], start_timeout_ms = ARGV[7], created_ms = whole(NOW), started_ms = '', next_seq = '0',
   batch = ARGV[16], affinity = ARGV[18], bytes = #envelope,
+  tokens = (limits.tokens_per_minute or limits.tokens_per_day) and ARGV[19] or '',
   cost = whole(math.max(1, tonumber(ARGV[17]) * 100 / (limits.weight or 1)))}
 local tokens = tonumber(ARGV[19])
 local amounts = {requests_per_minute = 1, tokens_per_minute = tokens, tokens_per_day = tokens, bytes = #envelope}
@@ -58,7 +59,7 @@ redis.call('HSET', job.key, 'state', 'queued', 'envelope', envelope, 'model', mo
   'created_ms', job.created_ms, 'queued_ms', job.created_ms, 'seq', job.seq, 'fence', '0', 'deaths', '0',
   'attempts', '0', 'idem', idem, 'body_hash', body_hash, 'custom_id', ARGV[11], 'endpoint', ARGV[12],
   'metadata', ARGV[13], 'webhook', webhook, 'webhook_events', ARGV[15], 'batch', job.batch, 'cost', job.cost,
-  'affinity', job.affinity, 'bytes', job.bytes)
+  'affinity', job.affinity, 'bytes', job.bytes, 'tokens', job.tokens)
 redis.call('ZADD', P .. 'jobs:' .. tenant, job.seq, id)
 redis.call('ZADD', P .. 'in:queued:' .. tenant, job.seq, id)
 if idem ~= '' then redis.call('SET', P .. 'idem:' .. idem, id) end
