@@ -1,17 +1,10 @@
-"""Which idempotency keys the ledger still knows: what makes a key unknown, and how a producer mends a failover."""
+"""Which idempotency keys the ledger still knows, and what makes a key unknown."""
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import redis
-from chaosproxy import ChaosProxy
-from conftest import RedisServer
-from fleet import until
 from ledger_moves import claim, submit
 
-from inferfleet.tasks.client import Client
 from inferfleet.tasks.errors import InvalidRequest
 from inferfleet.tasks.ledger import AsyncLedger
 from inferfleet.tasks.lookup import Known
@@ -103,47 +96,3 @@ def test_keys_that_no_job_can_have_are_refused_by_place(ledger, keys, param, sai
     with pytest.raises(InvalidRequest, match=said) as caught:
         ledger.lookup("a", keys)
     assert caught.value.param == param
-
-
-# A failover ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def replica(redis_binary_path: str, own_redis: RedisServer, tmp_path: Path) -> Iterator[tuple[RedisServer, ChaosProxy]]:
-    """A replica of own_redis, and the link between them."""
-    folder = tmp_path / "replica"
-    folder.mkdir()
-    server = RedisServer(redis_binary_path, folder)
-    server.start()
-    with ChaosProxy(own_redis.port) as link:
-        with redis.Redis(port=own_redis.port) as primary:
-            primary.config_set("repl-diskless-sync-delay", 0)
-        with redis.Redis(port=server.port) as admin:
-            admin.replicaof("127.0.0.1", link.port)
-            until(lambda: admin.info("replication")["master_link_status"] == "up")
-        yield server, link
-    server.kill()
-
-
-def test_after_a_failover_to_a_replica_that_lagged_a_producer_finds_and_submits_again_what_was_lost(own_redis, replica):
-    # given jobs that the replica has, and jobs that were accepted while its link was silent
-    server, link = replica
-    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    keys = [f"order {number}" for number in range(10)]
-    with Client(own_redis.url, "test", models=["m"]) as client, redis.Redis(port=own_redis.port) as primary:
-        kept = {key: client.submit(body, idempotency_key=key).id for key in keys[:6]}
-        primary.set("mark", 1)  # WAIT is about the writes of its own connection, and all before them
-        assert primary.wait(1, 10_000) == 1
-        link.faults.mute = True
-        lost = {key: client.submit(body, idempotency_key=key).id for key in keys[6:]}
-    # when the replica takes the place of its primary
-    own_redis.kill()
-    with redis.Redis(port=server.port) as admin:
-        admin.replicaof("NO", "ONE")
-    with Client(server.url, "test", models=["m"]) as client:
-        found = client.lookup(keys)
-        # then the producer learns which jobs are gone, and each key has one job once it has submitted those again
-        assert found == kept | dict.fromkeys(lost)
-        again = {key: client.submit(body, idempotency_key=key).id for key, job in found.items() if job is None}
-        assert client.lookup(keys) == kept | again
-        assert len(client.list(limit=100).jobs) == len(keys)
