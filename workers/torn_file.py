@@ -8,6 +8,7 @@ half of a script together with the next whole one, or loses what came after it a
 import mmap
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from inferfleet.tasks.errors import SetupError
@@ -51,14 +52,30 @@ def mend(binary: str, folder: Path, seconds: float) -> int:
 
 
 def _report(binary: str, path: Path, seconds: float) -> str:
-    """What the checker says; it reads alone."""
-    command = ["redis-check-aof", str(path)]
+    """What the checker says; it reads alone.
+
+    A part is shown to it as the only one of a manifest: it takes any file with a line that begins with "file" for a
+    manifest, as those of jobs about files do.
+    """
     try:
-        done = subprocess.run(
-            command, executable=binary, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
-        )
+        with tempfile.TemporaryDirectory(prefix="inferfleet-aof-") as place:
+            shown = path
+            if path.name != ALONE:
+                (Path(place) / path.name).symlink_to(path.absolute())
+                shown = Path(place) / "appendonly.aof.manifest"
+                shown.write_text(f"file {path.name} seq 1 type i\n")
+            done = subprocess.run(
+                ["redis-check-aof", str(shown)],
+                executable=binary,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=seconds,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise SetupError(f"the check of {path} did not end within {seconds:.0f} s", param="data_dir") from None
+    except OSError as error:
+        raise SetupError(f"cannot check {path}: {error.strerror}", param="data_dir") from None
     return done.stdout.decode(errors="replace")
 
 

@@ -140,6 +140,8 @@ class Soak:
                      gone: self.receivers["gone"]}  # fmt: skip
         wrong = verdict.wrong
         wrong += load.complaints + chaos.complaints
+        if "Truncating the AOF" in (self.parts.folder / "redis.log").read_text(errors="replace"):
+            wrong.append("Redis found half a write in its file, which was to be taken out before its start")
         wrong += invariants.jobs_wrong(ledger, load.accepted, self.parts.store)
         wrong += invariants.strangers(ledger, load.accepted)
         wrong += self._batches_wrong(load)
