@@ -121,7 +121,7 @@ def test_a_redis_that_stood_still_for_longer_than_a_lease_costs_no_job_a_death(f
     for job_id in jobs:
         fleet.wait_for_words(job_id)
 
-    for _ in range(2):
+    for _ in range(4):
         server.send_signal(signal.SIGSTOP)
         time.sleep(1.5)
         server.send_signal(signal.SIGCONT)
