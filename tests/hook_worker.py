@@ -32,7 +32,8 @@ class HookWorker:
         self.process.start()
 
     def lines(self, event=None):
-        lines = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        whole = self.log_path.read_text().rpartition("\n")[0]  # the last line may be on its way
+        lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
         return [line for line in lines if event in (None, line["event"])]
 
     def kill(self):
