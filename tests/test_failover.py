@@ -15,8 +15,8 @@ from chaosproxy import ChaosProxy
 from conftest import RedisServer
 from fleet import Fleet, assert_published_once, deltas, until
 from ledger_moves import claim, delta, submit, types
-from live_api import api_of_workers
-from live_batches import jsonl, line
+from live_api import api_of_workers, running_api
+from live_batches import NullWorker, jsonl, line, read_lines, running_batches, start, wait_for_end
 from outbox_moves import record, take
 
 from inferfleet.tasks import batches, files, names
@@ -255,6 +255,33 @@ def test_a_fleet_goes_on_behind_a_failover_and_a_producer_finds_what_was_lost(pa
         assert "inferfleet_ledger_failovers_total 1.0" in http.get("/metrics").text
 
 
+def test_a_batch_goes_on_behind_a_failover_and_every_line_is_in_one_file(pair):
+    with (
+        running_api(pair.url) as api,
+        NullWorker(pair.url, api.settings.namespace) as worker,
+        running_batches(api.settings, api.worker.ring, lease_seconds=1, heartbeat_seconds=0.3),
+    ):
+        client, lines = api.sdk(max_retries=5), [line(f"n-{number}", "hi", model="null") for number in range(1200)]
+        made = start(client, lines)
+        ended_lines = lambda: client.batches.retrieve(made.id).request_counts.completed  # noqa: E731
+        until(lambda: ended_lines() >= 100)
+        pair.lag()
+        seen = ended_lines()
+        until(lambda: ended_lines() >= seen + 200)
+        with redis.Redis(port=pair.replica.port) as replica:
+            assert int(replica.hget(f"{worker.ledger.prefix}batch:{made.id}", "lines")) < seen + 200
+        pair.fail_over()
+        # and when the lease is over of the job whose end was lost, as the janitor of a worker would see
+        until(lambda: ended_lines() >= 1100)
+        end_leases(worker.ledger)
+        batch = wait_for_end(client, made.id)
+        assert batch.request_counts.model_dump() == {"total": 1200, "completed": 1200, "failed": 0}
+        output = read_lines(client, batch.output_file_id)
+        assert sorted(entry["custom_id"] for entry in output) == sorted(entry["custom_id"] for entry in lines)
+    # what was lost ran again
+    assert max(worker.answers.values()) == 2
+
+
 def test_a_reader_through_redis_is_told_of_words_that_are_lost(pair, ledger):
     submit(ledger, tenant="default")
     found = claim(ledger, "t1")
@@ -311,6 +338,13 @@ def test_a_reader_that_waits_when_another_redis_takes_over_is_told_of_words_that
         ledger.publish("job_1", found.fence, [delta("other"), delta("words")], "2")
         with pytest.raises(Conflict):
             waiting.result(30)
+
+
+def end_leases(ledger):
+    leases = f"{ledger.prefix}leases"
+    for job_id in ledger.redis.zrange(leases, 0, -1):
+        ledger.redis.zadd(leases, {job_id: 0}, xx=True)
+    ledger.reap()
 
 
 class Follower:
