@@ -75,6 +75,7 @@ def test_a_life_on_valkey_is_the_same(valkey):
     assert types(valkey)[-1] == "job.completed"
     assert valkey.wait_events("job_1", after=99) == []
     assert valkey.sweep(result_ttl_ms=0).deleted == 1
+    assert [valkey.note_server(), valkey.note_server(), valkey.failovers()] == [False, False, 0]
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in call.SCRIPTS.glob("*.lua")))
