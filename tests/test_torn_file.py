@@ -241,9 +241,11 @@ def test_only_an_end_that_is_missing_is_taken_off(tmp_path, server, name, place)
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
     if place != "appendonly.aof":
-        listed = ["base.rdb seq 2 type b", "6.incr.aof seq 6 type i", "7.incr.aof seq 7 type i"]
+        listed = ["2.base.rdb seq 2 type b", "6.incr.aof seq 6 type i", "7.incr.aof seq 7 type i"]
         lines = "".join(f"file appendonly.aof.{line}\n" for line in listed)
         (path.parent / "appendonly.aof.manifest").write_text(lines)
+        for earlier in ("2.base.rdb", "6.incr.aof"):
+            (path.parent / f"appendonly.aof.{earlier}").write_bytes(ONE)
     path.write_bytes(ONE + MULTI + ONE + EXEC + tail)
     size = path.stat().st_size
 

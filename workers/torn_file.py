@@ -8,7 +8,6 @@ half of a script together with the next whole one, or loses what came after it a
 import mmap
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 from inferfleet.tasks.errors import SetupError
@@ -18,7 +17,8 @@ MANIFEST = "appendonlydir/appendonly.aof.manifest"
 ALONE = "appendonly.aof"
 #: What comes last in the manifest is what was written last.
 PART = re.compile(r"^file (\S+) seq \d+ type i", re.MULTILINE)
-GOOD = re.compile(r"\bok_up_to=(\d+)")
+#: What the checker says of each file; without a name where there is only one.
+CHECKED = re.compile(r"AOF analyzed: (?:filename=(\S+), )?size=\d+, ok_up_to=(\d+)")
 LENGTH = re.compile(rb"[*$](\d{1,10})\r\n")
 CUT_LENGTH = re.compile(rb"(\r?\n?|[*$]\d{0,10}\r?)")
 
@@ -37,10 +37,13 @@ def mend(binary: str, folder: Path, seconds: float) -> int:
     path = _last_part(folder)
     if not path.exists() or path.stat().st_size == 0:
         return 0
-    good = GOOD.search(_report(binary, path, seconds))
-    if good is None:  # not a checker at all
+    # Of a part by way of the manifest: the checker takes any other file with a line that begins with "file" for one, as
+    # those of jobs about files have.
+    shown = path if path.name == ALONE else folder / MANIFEST
+    checked = {Path(name or ALONE).name: int(good) for name, good in CHECKED.findall(_report(binary, shown, seconds))}
+    end, start = path.stat().st_size, checked.get(path.name)
+    if start is None:  # not a checker at all, or what comes before is damaged
         return 0
-    end, start = path.stat().st_size, int(good[1])
     if start >= end or not _is_unfinished(path, start):
         return 0
     try:
@@ -52,30 +55,14 @@ def mend(binary: str, folder: Path, seconds: float) -> int:
 
 
 def _report(binary: str, path: Path, seconds: float) -> str:
-    """What the checker says; it reads alone.
-
-    A part is shown to it as the only one of a manifest: it takes any file with a line that begins with "file" for a
-    manifest, as those of jobs about files do.
-    """
+    """What the checker says; it reads alone."""
+    command = ["redis-check-aof", str(path)]
     try:
-        with tempfile.TemporaryDirectory(prefix="inferfleet-aof-") as place:
-            shown = path
-            if path.name != ALONE:
-                (Path(place) / path.name).symlink_to(path.absolute())
-                shown = Path(place) / "appendonly.aof.manifest"
-                shown.write_text(f"file {path.name} seq 1 type i\n")
-            done = subprocess.run(
-                ["redis-check-aof", str(shown)],
-                executable=binary,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=seconds,
-                check=False,
-            )
+        done = subprocess.run(
+            command, executable=binary, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
+        )
     except subprocess.TimeoutExpired:
         raise SetupError(f"the check of {path} did not end within {seconds:.0f} s", param="data_dir") from None
-    except OSError as error:
-        raise SetupError(f"cannot check {path}: {error.strerror}", param="data_dir") from None
     return done.stdout.decode(errors="replace")
 
 
