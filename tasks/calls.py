@@ -315,17 +315,18 @@ def reap(
 ) -> Call[list[tuple[str, Lost]]]:
     """Take back jobs whose lease is over on Redis time. Where nobody asked for longer than silence_ms (0 = no matter),
     Redis was away or stood still, and no lease could be renewed: for lease_ms from then nothing is taken back."""
-    return Call("reap", (limit, max_deaths, silence_ms, lease_ms), pairs)
+    return Call("reap", (limit, max_deaths, silence_ms, lease_ms), as_lost)
 
 
-def pairs(answer: list[bytes]) -> list[tuple[str, Any]]:
+def as_lost(answer: list[bytes]) -> list[tuple[str, Any]]:
+    """Ids of jobs and what became of them."""
     words = [text(word) for word in answer]
     return list(zip(words[::2], words[1::2], strict=True))
 
 
 def bury(worker: str, max_deaths: int = 3) -> Call[list[tuple[str, Lost]]]:
     """Take back the jobs of a worker whose process is known to be gone, whatever their leases."""
-    return Call("bury", (worker, max_deaths), pairs)
+    return Call("bury", (worker, max_deaths), as_lost)
 
 
 def sweep(limit: int = 100, *, result_ttl_ms: int, dead_ttl_ms: int | None = None) -> Call[Swept]:

@@ -61,7 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class RedisServer:
-    """A redis-server child with AOF and noeviction, as the fleet demands. Can be killed and started again."""
+    """A redis-server child with AOF and noeviction, as the fleet demands; `with` starts and kills it. Can be killed and
+    started again."""
 
     def __init__(self, binary: str, folder: Path, fsync: str = "everysec") -> None:
         self.binary, self.folder, self.fsync, self.port = binary, folder, fsync, free_port()
@@ -77,6 +78,13 @@ class RedisServer:
         command = [self.binary, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.wait_until_ready()
+
+    def __enter__(self) -> RedisServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
 
     def wait_until_ready(self) -> None:
         client = redis.Redis(port=self.port, retry=None)
@@ -102,10 +110,8 @@ def redis_binary_path() -> str:
 
 @pytest.fixture(scope="session")
 def session_redis(redis_binary_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -122,19 +128,15 @@ def own_redis(redis_binary_path: str, tmp_path: Path) -> Iterator[RedisServer]:
 
     Under `everysec` a write may wait while an fsync runs, so kill -9 can lose acknowledged ones: seen on a busy disk.
     """
-    server = RedisServer(redis_binary_path, tmp_path, fsync="always")
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer(redis_binary_path, tmp_path, fsync="always") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def module_redis(redis_binary_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server of the module's own, which nobody empties between its tests."""
-    server = RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer(redis_binary_path, tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture

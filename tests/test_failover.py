@@ -38,10 +38,7 @@ class Pair:
         self.servers = []
         for name in ("primary", "replica"):
             (folder / name).mkdir()
-            server = RedisServer(binary, folder / name, fsync="always")
-            server.start()
-            stack.callback(server.kill)
-            self.servers.append(server)
+            self.servers.append(stack.enter_context(RedisServer(binary, folder / name, fsync="always")))
         self.primary, self.replica = self.servers
         self.link = stack.enter_context(ChaosProxy(self.primary.port))
         self.front = stack.enter_context(ChaosProxy(self.primary.port))
@@ -183,6 +180,8 @@ def test_lines_of_a_batch_whose_ends_were_lost_are_not_taken_for_written(pair, l
     assert ledger.run(batches.commit(made, held.fence, 1, ended(1))) > 0
     pair.fail_over()
     assert ledger.run(batches.commit(made, held.fence, 2, ended(2))) is None
+    # nor is a part that comes behind one which is lost
+    assert ledger.run(batches.seal(made, held.fence, 1, Part("part", 1, "0"), in_ledger=True)) == "stale"
     assert ledger.run(batches.get(made)).lines == 1
 
 

@@ -6,6 +6,7 @@ from ledger_moves import FAR, PAST, claim, delta, submit, types
 from inferfleet.tasks import calls, event_log
 from inferfleet.tasks.errors import (
     AlreadyTerminal,
+    Conflict,
     EventLogFull,
     IdempotencyKeyReuse,
     InvalidRequest,
@@ -353,3 +354,19 @@ def test_release_hands_a_job_back_without_a_death_or_an_attempt(ledger):
     assert record.fence > fence
     again = claim(ledger, "t2")
     assert (again.attempt, again.deaths, again.suspect) == (1, 0, True)
+
+
+def test_a_reader_goes_on_behind_a_retry_and_is_told_of_events_that_are_gone(ledger):
+    submit(ledger)
+    fence = claim(ledger, "t1").fence
+    ledger.complete("job_1", fence, state="failed", error={"code": "x"})
+    *_, last = ledger.events("job_1")
+    ledger.retry("job_1")
+    # the numbers go on, and the old events are gone for a reason
+    state, found = ledger.run(event_log.log("job_1", after=last["sequence_number"], last=last))
+    assert (state, [event["type"] for event in found]) == ("queued", ["job.queued"])
+    # while another event in the place of the one that was read, or none, is a loss
+    (newest,) = found
+    for lost in (newest | {"status": "other"}, newest | {"sequence_number": 99}):
+        with pytest.raises(Conflict, match="from their beginning"):
+            ledger.run(event_log.log("job_1", after=lost["sequence_number"], last=lost))

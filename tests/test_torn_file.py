@@ -292,10 +292,8 @@ def test_a_check_that_does_not_end_and_a_file_that_cannot_be_written_are_told(tm
 
 @pytest.fixture
 def started(folder, redis_binary_path):
-    server = RedisServer(redis_binary_path, folder, "always")
-    server.start()
-    yield server
-    server.kill()
+    with RedisServer(redis_binary_path, folder, "always") as server:
+        yield server
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@
 --   quota:<tenant>    hash  of each rate <name>, how much of it is used (leaks away evenly, all of the limit in its
 --                           period) and <name>_ms, as of when; dies by itself after a day
 -- Lines of batches leave half of every quota to other work: they wait, and nobody's chat is refused for them. What has
--- nothing before it always passes, if it is not larger than the quota itself.
-
--- Tokens are charged by estimate when a job comes, and settled when it ends with what it took.
+-- nothing before it always passes, if it is not larger than the quota itself. Tokens are charged by estimate when a job
+-- comes, and settled when it ends with what it took.
 
 local RATES = {
   {name = 'requests_per_minute', period_ms = 60000},
